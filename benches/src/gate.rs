@@ -1,0 +1,22 @@
+//! No figure without a right answer: each case, shortened to what the oracle can do quickly, against f64.
+
+use burn::tensor::Device;
+use flashover_testing::bridge;
+use flashover_testing::data::Inputs;
+use flashover_testing::tolerance;
+
+use crate::case::Case;
+
+/// Length to which a case is shortened.
+const GATE_LENGTH: usize = 300;
+
+/// Checks output, log-sum-exp and all gradients of the shortened case.
+pub fn check(case: &Case, device: &Device) -> Result<(), String> {
+    let short = case.shortened(GATE_LENGTH);
+    let problem = &short.problem;
+    let inputs = Inputs::random(problem, 17);
+    let actual = bridge::run(problem, &inputs, true, &device.clone().autodiff()).map_err(|error| error.to_string())?;
+    tolerance::check_forward(problem, &inputs, &actual.o, &actual.lse)?;
+    tolerance::check_gradients(problem, &inputs, &actual.gradients)?;
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! Rows of figures, as a table for people and as JSON for the record.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+/// One figure.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Suite that took it.
+    pub suite: &'static str,
+    /// Case name, which spells the problem.
+    pub case: String,
+    /// `forward_ms`, `backward_ms`, `forward_backward_ms`, `peak_extra_bytes`, `tflops` or `tbps`.
+    pub metric: &'static str,
+    /// Our figure.
+    pub ours: f64,
+    /// The peer's, if there is one.
+    pub peer: Option<f64>,
+    /// `burn`, `fa2`, `cudnn`, `flex_attention`, `torch_cpu`, `gemm`.
+    pub peer_name: Option<&'static str>,
+    /// Above 1 where we are better.
+    pub ratio: Option<f64>,
+    /// Unit of `ours` and `peer`.
+    pub unit: &'static str,
+    /// Device, with what matters of it.
+    pub device: String,
+    /// Git revision of the tree, with `+` when it was changed.
+    pub revision: String,
+}
+
+/// What all rows of a run share.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// Suite.
+    pub suite: &'static str,
+    /// Device.
+    pub device: String,
+    /// Revision.
+    pub revision: String,
+}
+
+impl Run {
+    /// A run of `suite` on `device` at the tree's revision.
+    pub fn new(suite: &'static str, device: String) -> Self {
+        Run { suite, device, revision: revision() }
+    }
+
+    /// A figure of which less is better.
+    pub fn less(&self, case: &str, metric: &'static str, ours: f64, peer: Option<(&'static str, f64)>) -> Row {
+        self.row(case, metric, ours, peer, |ours, peer| peer / ours)
+    }
+
+    /// A figure of which more is better.
+    pub fn more(&self, case: &str, metric: &'static str, ours: f64, peer: Option<(&'static str, f64)>) -> Row {
+        self.row(case, metric, ours, peer, |ours, peer| ours / peer)
+    }
+
+    fn row(
+        &self,
+        case: &str,
+        metric: &'static str,
+        ours: f64,
+        peer: Option<(&'static str, f64)>,
+        ratio: fn(f64, f64) -> f64,
+    ) -> Row {
+        let unit = match metric {
+            "peak_extra_bytes" => "bytes",
+            "tflops" => "TFLOP/s",
+            "tbps" => "TB/s",
+            _ => "ms",
+        };
+        Row {
+            suite: self.suite,
+            case: case.into(),
+            metric,
+            ours,
+            peer: peer.map(|(_, peer)| peer),
+            peer_name: peer.map(|(name, _)| name),
+            ratio: peer.map(|(_, peer)| ratio(ours, peer)),
+            unit,
+            device: self.device.clone(),
+            revision: self.revision.clone(),
+        }
+    }
+}
+
+/// Prints the rows.
+pub fn table(rows: &[Row]) {
+    if let Some(first) = rows.first() {
+        println!("\nsuite {} on {}, revision {}", first.suite, first.device, first.revision);
+    }
+    println!("{:<44} {:<20} {:>14} {:>14} {:<15} {:>7}", "case", "metric", "ours", "peer", "peer name", "ratio");
+    for row in rows {
+        let peer = row.peer.map_or("-".into(), |peer| number(peer, row.unit));
+        let ratio = row.ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
+        let ours = number(row.ours, row.unit);
+        println!(
+            "{:<44} {:<20} {ours:>14} {peer:>14} {:<15} {ratio:>7}",
+            row.case,
+            row.metric,
+            row.peer_name.unwrap_or("-")
+        );
+    }
+}
+
+/// Writes the rows, one JSON object a line.
+pub fn json(rows: &[Row], path: &Path) -> std::io::Result<()> {
+    let lines: Result<Vec<String>, _> = rows.iter().map(serde_json::to_string).collect();
+    std::fs::write(path, lines?.join("\n") + "\n")
+}
+
+fn number(value: f64, unit: &str) -> String {
+    match unit {
+        "bytes" => format!("{:.2} MiB", value / (1 << 20) as f64),
+        unit => format!("{value:.3} {unit}"),
+    }
+}
+
+fn revision() -> String {
+    let git = |arguments: &[&str]| {
+        let output = std::process::Command::new("git").args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
+    };
+    let given = std::env::var("FLASHOVER_REVISION").ok();
+    given
+        .or_else(|| {
+            let head = git(&["rev-parse", "--short", "HEAD"])?;
+            let clean = git(&["status", "--porcelain"])?.is_empty();
+            Some(if clean { head } else { head + "+" })
+        })
+        .unwrap_or_else(|| "unknown".into())
+}

@@ -1,0 +1,168 @@
+//! The suites: which cases, which peers, which figures.
+
+use burn::tensor::{Device, Tensor};
+use flashover::kernels::mask::{Band, UNBOUNDED};
+use flashover::kernels::problem::Element;
+
+use crate::case::{Case, Tensors};
+use crate::report::{Row, Run};
+use crate::{gate, gemm, memory, timing, torch};
+
+/// How to run a suite.
+pub struct Plan {
+    /// Samples a figure.
+    pub repeats: usize,
+    /// Only cases whose name contains this.
+    pub only: Option<String>,
+}
+
+impl Plan {
+    fn takes(&self, case: &Case) -> bool {
+        self.only.as_ref().is_none_or(|only| case.name().contains(only))
+    }
+}
+
+/// A causal window of `keys` keys.
+fn window(keys: u32) -> Band {
+    Band { causal: true, left: keys - 1, right: UNBOUNDED, sinks: 0 }
+}
+
+/// The native CPU path: B1 H8 D64 at S 4096 against Burn's Flex, the GEMM rate, PyTorch; memory up to S 65,536.
+pub fn flex(plan: &Plan) -> Result<Vec<Row>, String> {
+    let device = Device::flex();
+    let run = Run::new("flex", cpu_name());
+    let mut rows = Vec::new();
+    let gemm = gemm::f32_rate(2048, plan.repeats);
+    match &gemm {
+        Some((rate, name)) => println!("f32 GEMM 2048³: {:.1} GFLOP/s ({name}); ours runs {}", rate / 1e9, simd()),
+        None => println!("f32 GEMM: none at hand on this CPU"),
+    }
+    for band in [Band::causal(), Band::default()] {
+        let case = Case::new(band, 1, 8, 4096, 64, Element::F32);
+        if !plan.takes(&case) {
+            continue;
+        }
+        compare(&run, plan, &case, &device, &mut rows)?;
+        let forward = rows.iter().rfind(|row| row.metric == "forward_ms").map(|row| row.ours).expect("just measured");
+        if let Some((rate, _)) = &gemm {
+            let ours = case.forward_flops() / forward / 1e9;
+            rows.push(run.more(&case.name(), "tflops", ours, Some(("gemm", rate / 1e12))));
+        }
+        match torch::forward_ms(&case, plan.repeats) {
+            Ok(ms) => rows.push(run.less(&case.name(), "forward_ms", forward, Some(("torch_cpu", ms)))),
+            Err(reason) => println!("torch_cpu not measured: {reason}"),
+        }
+    }
+    for seq in [4096, 8192, 16_384, 32_768, 65_536] {
+        let case = Case::new(window(1024), 1, 8, seq, 64, Element::F32);
+        if plan.takes(&case) {
+            gate::check(&case, &device)?;
+            let bytes = peak_of(&case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
+            rows.push(run.less(&case.name(), "peak_extra_bytes", bytes, None));
+        }
+    }
+    Ok(rows)
+}
+
+/// The default device of the build's features, against Burn's own attention.
+pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
+    let device = Device::default();
+    if device == Device::flex() {
+        return Err("suite gpu: expected a build with a GPU feature (cuda, rocm, vulkan, webgpu, metal), got Flex".into());
+    }
+    let run = Run::new("gpu", format!("{device:?}"));
+    let mut rows = Vec::new();
+    let f16 = device.supports_dtype(burn::tensor::DType::F16);
+    let elements = if f16 { vec![Element::F32, Element::F16] } else { vec![Element::F32] };
+    for element in elements {
+        for (band, batch, heads, seq, dim) in
+            [(Band::causal(), 4, 16, 4096, 128), (Band::default(), 4, 16, 4096, 128), (Band::causal(), 16, 16, 1024, 128)]
+        {
+            let case = Case::new(band, batch, heads, seq, dim, element);
+            if plan.takes(&case) {
+                compare(&run, plan, &case, &device, &mut rows)?;
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// Forward, backward and both, ours against Burn's, and on the CPU the memory of both.
+fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<Row>) -> Result<(), String> {
+    let name = case.name();
+    println!("{name}: checking, then timing");
+    gate::check(case, device)?;
+    let t = case.tensors(device);
+    let sync = |device: &Device| device.sync().expect("the device answers");
+    let forward = |burn: bool| {
+        let call = || {
+            let o = if burn { case.burn(&t) } else { Some(case.ours(&t)) };
+            sync(device);
+            o
+        };
+        timing::milliseconds(call).1
+    };
+    let [ours, peer] = timing::interleaved(plan.repeats, [&mut || forward(false), &mut || forward(true)]);
+    rows.push(run.less(&name, "forward_ms", ours, Some(("burn", peer))));
+    rows.push(run.more(
+        &name,
+        "tflops",
+        case.forward_flops() / ours / 1e9,
+        Some(("burn", case.forward_flops() / peer / 1e9)),
+    ));
+
+    let device = device.clone().autodiff();
+    let t = case.tensors(&device);
+    let both = |burn: bool, backward_alone: bool| {
+        let start = std::time::Instant::now();
+        let o = if burn { case.burn(&t).expect("Burn has this attention") } else { case.ours(&t) };
+        let middle = if backward_alone {
+            sync(&device);
+            std::time::Instant::now()
+        } else {
+            start
+        };
+        let gradients = loss(o).backward();
+        sync(&device);
+        drop(gradients);
+        middle.elapsed().as_secs_f64() * 1e3
+    };
+    let [ours, peer, ours_backward, peer_backward] = timing::interleaved(
+        plan.repeats,
+        [&mut || both(false, false), &mut || both(true, false), &mut || both(false, true), &mut || both(true, true)],
+    );
+    rows.push(run.less(&name, "forward_backward_ms", ours, Some(("burn", peer))));
+    rows.push(run.less(&name, "backward_ms", ours_backward, Some(("burn", peer_backward))));
+    if run.suite == "flex" {
+        let ours = peak_of(case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
+        let peer = peak_of(case, &device, |case, t| case.burn(t)).expect("Burn has this attention");
+        rows.push(run.less(&name, "peak_extra_bytes", ours, Some(("burn", peer))));
+    }
+    Ok(())
+}
+
+/// Peak bytes of forward and backward beyond the operands, counted by the allocator.
+fn peak_of(case: &Case, device: &Device, call: impl Fn(&Case, &Tensors) -> Option<Tensor<4>>) -> Option<f64> {
+    let t = case.tensors(&device.clone().autodiff());
+    let (ran, bytes) = memory::peak_extra(|| {
+        let o = call(case, &t)?;
+        Some(loss(o).backward())
+    });
+    ran.map(|_| bytes as f64)
+}
+
+/// A loss whose gradient is not constant.
+fn loss(o: Tensor<4>) -> Tensor<1> {
+    (o.clone() * o.detach()).sum()
+}
+
+fn simd() -> &'static str {
+    flashover::flex_simd()
+}
+
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{}, {threads} threads", model.unwrap_or("CPU").trim())
+}

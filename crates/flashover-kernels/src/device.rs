@@ -1,0 +1,180 @@
+//! Tensors on a device, what the device can do, and why a kernel cannot run on it.
+
+use cubecl::ir::FloatKind;
+use cubecl::ir::features::TypeUsage;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+
+use crate::problem::Element;
+
+/// A tensor on a device as CubeCL knows it: memory, shape and strides in elements. Any strides are read in place: 0 in
+/// expanded dimensions, swapped dimensions, slices.
+#[derive(Debug, Clone)]
+pub struct DeviceTensor {
+    /// The memory, offset included.
+    pub handle: Handle,
+    /// Size of each dimension.
+    pub shape: Vec<usize>,
+    /// Elements between neighbours of each dimension.
+    pub strides: Vec<usize>,
+    /// Element type in memory.
+    pub elem: ElemType,
+}
+
+impl DeviceTensor {
+    /// A tensor whose elements lie in row-major order.
+    pub fn contiguous(handle: Handle, shape: &[usize], elem: ElemType) -> Self {
+        let mut strides = vec![1; shape.len()];
+        for d in (1..shape.len()).rev() {
+            strides[d - 1] = strides[d] * shape[d].max(1);
+        }
+        DeviceTensor { handle, shape: shape.to_vec(), strides, elem }
+    }
+
+    /// A contiguous tensor of unspecified content.
+    pub fn empty(client: &Client, shape: &[usize], elem: ElemType) -> Self {
+        let elements: usize = shape.iter().product();
+        Self::contiguous(client.empty(elements * elem.size()), shape, elem)
+    }
+
+    /// A contiguous tensor of zeros.
+    pub fn zeros(client: &Client, shape: &[usize], elem: ElemType) -> Self {
+        let elements: usize = shape.iter().product();
+        // All bits zero is 0 in every element type.
+        Self::contiguous(client.create_from_slice(&vec![0u8; elements * elem.size()]), shape, elem)
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The tensor as a kernel's argument; dimensions of size 1 get the stride 0, so that an index of the broadcast
+    /// shape finds its element.
+    pub(crate) fn arg(&self) -> TensorArg {
+        let strides = self.strides.iter().zip(&self.shape).map(|(&stride, &size)| if size == 1 { 0 } else { stride });
+        let strides: Vec<usize> = strides.collect();
+        // SAFETY: shape and strides are the tensor's own, which its backend vouches for.
+        unsafe { TensorArg::from_raw_parts(self.handle.clone(), strides.into(), self.shape.clone().into()) }
+    }
+
+    /// The contiguous tensor as a flat buffer.
+    pub(crate) fn buffer(&self) -> BufferArg {
+        // SAFETY: contiguous tensors are made here, with as many elements as their shape says.
+        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.elements()) }
+    }
+
+    /// How wide indices into this tensor are.
+    pub(crate) fn address_type(&self) -> AddressType {
+        AddressType::from_len(self.handle.size_in_used() as usize / self.elem.size())
+    }
+}
+
+/// CubeCL's name of an element type.
+pub fn element_type(element: Element) -> ElemType {
+    ElemType::Float(match element {
+        Element::F64 => FloatKind::F64,
+        Element::F32 => FloatKind::F32,
+        Element::F16 => FloatKind::F16,
+        Element::BF16 => FloatKind::BF16,
+    })
+}
+
+/// What a device offers, as far as the choice of a kernel depends on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceLimits {
+    /// Name of the runtime.
+    pub name: String,
+    /// Storage buffers that a kernel may bind, CubeCL's own not counted.
+    pub max_bindings: usize,
+    /// Shared memory of a cube, in bytes.
+    pub max_shared_bytes: usize,
+    /// Units of a cube.
+    pub max_units: usize,
+    /// Element types that it stores and computes with.
+    pub elements: Vec<Element>,
+    /// Whether it is a real GPU: one that a driver compiles unrolled loops for in reasonable time.
+    pub hardware: bool,
+}
+
+impl DeviceLimits {
+    /// The limits of a client's device.
+    pub fn of(client: &Client) -> Self {
+        let properties = client.properties();
+        let usable = |element: &Element| {
+            let usage = properties.type_usage(element_type(*element));
+            usage.contains(TypeUsage::Buffer) && usage.contains(TypeUsage::Conversion)
+        };
+        let elements = [Element::F32, Element::F16, Element::BF16];
+        let hardware = &properties.hardware;
+        DeviceLimits {
+            name: client.name().to_string(),
+            // One buffer goes to the shapes and scalars that CubeCL passes.
+            max_bindings: (hardware.max_bindings as usize).saturating_sub(1),
+            max_shared_bytes: hardware.max_shared_memory_size,
+            max_units: hardware.max_units_per_cube as usize,
+            elements: elements.into_iter().filter(usable).collect(),
+            hardware: hardware.plane_size_max >= 16,
+        }
+    }
+}
+
+/// Why a kernel was not launched. Each message gives what was expected and what came.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The device does not have the element type.
+    #[error("element type: expected one of {expected:?} on {device}, got {found:?}")]
+    Element {
+        /// What the device has.
+        expected: Vec<Element>,
+        /// The device.
+        device: String,
+        /// The element type of the problem.
+        found: Element,
+    },
+    /// A kernel needs more of something than the device has.
+    #[error("{kernel} kernel: expected at most {limit} {what} on {device}, it needs {found}")]
+    Limit {
+        /// The kernel.
+        kernel: &'static str,
+        /// Of what.
+        what: &'static str,
+        /// The device.
+        device: String,
+        /// What there is.
+        limit: usize,
+        /// What is needed.
+        found: usize,
+    },
+    /// An operand is not what the problem says.
+    #[error("{operand}: expected shape {expected:?}, got {found:?}")]
+    Shape {
+        /// The operand.
+        operand: &'static str,
+        /// Its shape by the problem.
+        expected: Vec<usize>,
+        /// The shape that came.
+        found: Vec<usize>,
+    },
+    /// An operand has another element type than the problem says.
+    #[error("{operand}: expected elements of type {expected}, got {found}")]
+    OperandElement {
+        /// The operand.
+        operand: &'static str,
+        /// What was expected.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// The problem has an option whose operand is absent, or the other way round.
+    #[error("{operand}: expected {expected}, got {found}")]
+    Presence {
+        /// The operand.
+        operand: &'static str,
+        /// `a tensor` or `none`.
+        expected: &'static str,
+        /// `a tensor` or `none`.
+        found: &'static str,
+    },
+}

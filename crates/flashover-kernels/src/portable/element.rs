@@ -1,0 +1,192 @@
+//! One score: where it stands, whether it is seen, what becomes of it.
+
+use cubecl::prelude::*;
+
+use crate::dropout::{dropout_keeps, dropout_row};
+use crate::mask::band_allows;
+use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
+
+/// Which parts of a problem are compiled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Flags {
+    pub softcap: bool,
+    pub alibi: bool,
+    pub bias: bool,
+    pub mask: bool,
+    pub key_lengths: bool,
+    pub learned_sinks: bool,
+    pub dropout: bool,
+}
+
+/// The numbers of a problem, given at run time so that other lengths, windows or seeds do not compile anew.
+/// The `…_at` are offsets into the scratch buffer, in words.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Numbers {
+    pub batch: u32,
+    pub heads_q: u32,
+    pub heads_kv: u32,
+    pub seq_q: u32,
+    pub seq_kv: u32,
+    pub head_dim: u32,
+    pub value_dim: u32,
+    pub scale: f32,
+    pub softcap: f32,
+    pub ahead: i32,
+    pub left: i32,
+    pub right: i32,
+    pub sinks: i32,
+    pub seed_low: u32,
+    pub seed_high: u32,
+    pub threshold: u32,
+    pub factor: f32,
+    /// −∞, which WGSL cannot write down.
+    pub minus_infinity: f32,
+    pub lse_at: usize,
+    pub delta_at: usize,
+    pub slopes_at: usize,
+    pub sinks_at: usize,
+    pub lengths_at: usize,
+    pub partials_at: usize,
+    pub mask_at: usize,
+    /// Words between batch elements, heads and queries of the packed mask; 0 where it is broadcast.
+    pub mask_batch: usize,
+    pub mask_head: usize,
+    pub mask_query: usize,
+    /// 1, or 0 where the mask is broadcast along the keys.
+    pub mask_key: u32,
+}
+
+/// The head that a cube works on and what it needs of it, looked up once.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Head {
+    pub batch: u32,
+    pub head: u32,
+    /// Keys of this batch element that may be seen.
+    pub keys: i32,
+    /// ALiBi slope, 0 if there is none.
+    pub slope: f32,
+    /// Where the packed mask of this head starts in the scratch buffer.
+    pub mask_at: usize,
+    /// Where the bias of this head starts.
+    pub bias_at: usize,
+}
+
+/// Looks up what a head needs.
+#[cube]
+pub(crate) fn head_of<E: Float>(
+    batch: u32,
+    head: u32,
+    scratch: ComptimeOption<&[u32]>,
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] flags: Flags,
+) -> Head {
+    let mut keys = n.seq_kv as i32;
+    let mut slope = 0.0f32;
+    let mut bias_at = 0usize;
+    let mut mask_at = 0usize;
+    if flags.key_lengths {
+        let length = i32::reinterpret(scratch.unwrap()[n.lengths_at + batch as usize]);
+        keys = max(min(keys, length), 0i32);
+    }
+    if flags.alibi {
+        slope = f32::reinterpret(scratch.unwrap()[n.slopes_at + head as usize]);
+    }
+    if flags.bias {
+        bias_at = batch as usize * bias.unwrap().stride(0) + head as usize * bias.unwrap().stride(1);
+    }
+    if flags.mask {
+        mask_at = n.mask_at + batch as usize * n.mask_batch + head as usize * n.mask_head;
+    }
+    Head { batch, head, keys, slope, mask_at, bias_at }
+}
+
+/// Whether query `i` sees key `j`. Both exist or not: what lies outside the tensors is hidden.
+#[cube]
+pub(crate) fn sees(
+    i: u32,
+    j: u32,
+    at: Head,
+    scratch: ComptimeOption<&[u32]>,
+    n: Numbers,
+    #[comptime] flags: Flags,
+) -> bool {
+    let a = position(i, n);
+    let mut seen = i < n.seq_q && (j as i32) < at.keys;
+    seen = seen && band_allows(a, j as i32, n.ahead, n.left, n.right, n.sinks);
+    if flags.mask {
+        if seen {
+            let bit = j * n.mask_key;
+            let word = scratch.unwrap()[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+            seen = (word >> (bit % 32u32)) & 1u32 == 1u32;
+        }
+    }
+    seen
+}
+
+/// The query's position on the key axis.
+#[cube]
+pub(crate) fn position(i: u32, n: Numbers) -> i32 {
+    i as i32 + (n.seq_kv as i32 - n.seq_q as i32)
+}
+
+/// Hash of a query row for dropout; `head` counts over the batch.
+#[cube]
+pub(crate) fn row_hash(head: u32, i: u32, n: Numbers, #[comptime] flags: Flags) -> u32 {
+    let mut hash = 0u32;
+    if flags.dropout {
+        hash = dropout_row(n.seed_low, n.seed_high, head, i);
+    }
+    hash
+}
+
+/// `x` after dropout: 0, or grown by the factor.
+#[cube]
+pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers, #[comptime] flags: Flags) -> f32 {
+    let mut y = x;
+    if flags.dropout {
+        y = select(dropout_keeps(hash, j, n.threshold), x * n.factor, 0.0f32);
+    }
+    y
+}
+
+/// Score of query `i` and key `j` from their product: scale, then softcap, then ALiBi and bias.
+#[cube]
+pub(crate) fn score<E: Float>(
+    product: f32,
+    i: u32,
+    j: u32,
+    at: Head,
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] flags: Flags,
+) -> f32 {
+    let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
+    let mut s = product * n.scale;
+    if flags.softcap {
+        s = Softcap::value(s, place, n.softcap);
+    }
+    if flags.alibi {
+        s = Alibi::value(s, place, at.slope);
+    }
+    if flags.bias {
+        let bias = bias.unwrap();
+        let b = bias[at.bias_at + i as usize * bias.stride(2) + j as usize * bias.stride(3)];
+        s = Bias::value(s, place, f32::cast_from(b));
+    }
+    s
+}
+
+/// Derivative of [`score`] for the product: the chain of the parts' derivatives, and the scale. Alibi and bias only add,
+/// so theirs is 1.
+#[cube]
+pub(crate) fn score_derivative(product: f32, i: u32, j: u32, at: Head, n: Numbers, #[comptime] flags: Flags) -> f32 {
+    let mut d = n.scale;
+    if flags.softcap {
+        let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
+        d *= Softcap::derivative(product * n.scale, place, n.softcap);
+    }
+    d
+}

@@ -1,0 +1,210 @@
+//! Gradients of what shapes the scores: the bias, the ALiBi slopes, the learned sinks. Each is a sum in a fixed order by
+//! the one cube that owns it: no atomics, and nothing of the scores' size in memory.
+
+use cubecl::prelude::*;
+
+use super::element::{Flags, Numbers, head_of};
+use super::gradient::{Side, score_gradients, statistics};
+use super::tile::{HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, product_scores, store_weights, unit_place};
+use super::walk::{tile_is_empty, tile_is_full};
+
+/// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct BiasShape {
+    pub batch: u32,
+    pub heads: u32,
+    pub queries: u32,
+    pub keys: u32,
+}
+
+/// `dbias = Σ ds` over the dimensions that the bias is broadcast along. One cube a tile of the bias's own shape, which
+/// walks the batch elements, heads, query tiles and key tiles that read it, in this order, and sums in registers.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn bias_gradient_kernel<E: Float>(
+    q: &Tensor<E>,
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    d_o: &Tensor<E>,
+    bias: &Tensor<E>,
+    scratch: &[u32],
+    dbias: &mut [E],
+    shape: BiasShape,
+    n: Numbers,
+    #[comptime] across_queries: bool,
+    #[comptime] across_keys: bool,
+    #[comptime] flags: Flags,
+    #[comptime] tile: TileConfig,
+    #[define(E)] _dtype: ElemType,
+) {
+    let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
+    let (row_tiles, col_tiles) = (shape.queries.div_ceil(bq), shape.keys.div_ceil(bk));
+    let cube = CUBE_POS;
+    let head_tiles = row_tiles as usize * col_tiles as usize;
+    if cube >= shape.batch as usize * shape.heads as usize * head_tiles {
+        terminate!();
+    }
+    let own_head = (cube / head_tiles) as u32;
+    let own_tile = cube % head_tiles;
+    let own_i = (own_tile / col_tiles as usize) as u32 * bq;
+    let own_j = (own_tile % col_tiles as usize) as u32 * bk;
+    let (own_b, own_h) = (own_head / shape.heads, own_head % shape.heads);
+
+    let mut weights = Shared::<[V4]>::new_slice(tile.weights_len());
+    let mut stage = Shared::<[V4]>::new_slice(tile.stage_len());
+    let (ty, tx) = unit_place(tile);
+    let mut s = Array::<f32>::new(PIECE);
+    let mut dp = Array::<f32>::new(PIECE);
+    let mut sums = Array::<f32>::new(PIECE);
+    #[unroll(tile.unroll)]
+    for e in 0..PIECE {
+        sums[e] = 0.0f32;
+    }
+    let words = ComptimeOption::new_Some(scratch);
+    let biases = ComptimeOption::new_Some(bias);
+
+    let batches = select(shape.batch == 1, n.batch, 1u32);
+    let heads = select(shape.heads == 1, n.heads_q, 1u32);
+    let (mut query_tiles, mut key_tiles) = (1u32.runtime(), 1u32.runtime());
+    if across_queries {
+        query_tiles = n.seq_q.div_ceil(bq);
+    }
+    if across_keys {
+        key_tiles = n.seq_kv.div_ceil(bk);
+    }
+    for x in 0..batches * heads {
+        let (b, h) = (own_b + x / heads, own_h + x % heads);
+        let kv = h / (n.heads_q / n.heads_kv);
+        let at = head_of::<E>(b, h, words, biases, n, flags);
+        let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
+        let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
+        let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
+        let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
+        for y in 0..query_tiles {
+            let i0 = own_i + y * bq;
+            let stats = statistics(i0 + ty, tile.row_units, at, scratch, n, flags);
+            for z in 0..key_tiles {
+                let j0 = own_j + z * bk;
+                if !tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n) {
+                    let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, flags);
+                    product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
+                    product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+                    score_gradients::<E>(
+                        &mut s, &mut dp, &stats, i0 + ty, j0 + tx, full, at, words, biases, n, false, Side::Queries,
+                        flags, tile,
+                    );
+                    #[unroll(tile.unroll)]
+                    for e in 0..PIECE {
+                        sums[e] += select(dp[e] == HIDDEN, 0.0f32, dp[e]);
+                    }
+                }
+            }
+        }
+    }
+    store_weights(&sums, &mut weights, tile);
+    sync_cube();
+    write_bias_tile::<E>(&weights, dbias, own_head, own_i, own_j, shape, across_queries, across_keys, tile);
+}
+
+/// Writes a tile of the bias's gradient, summed along the rows or the columns where the bias is broadcast along them.
+#[cube]
+fn write_bias_tile<E: Float>(
+    weights: &Shared<[V4]>,
+    dbias: &mut [E],
+    head: u32,
+    i0: u32,
+    j0: u32,
+    shape: BiasShape,
+    #[comptime] across_queries: bool,
+    #[comptime] across_keys: bool,
+    #[comptime] tile: TileConfig,
+) {
+    let base = head as usize * shape.queries as usize;
+    let (mut rows, mut cols) = (comptime!(tile.rows() as u32).runtime(), comptime!(tile.cols() as u32).runtime());
+    if across_queries {
+        rows = 1u32.runtime();
+    }
+    if across_keys {
+        cols = 1u32.runtime();
+    }
+    let mut x = UNIT_POS;
+    while x < rows * cols {
+        let (row, col) = (x / cols, x % cols);
+        if i0 + row < shape.queries && j0 + col < shape.keys {
+            let mut sum = 0.0f32;
+            let (mut row_end, mut col_end) = (row + 1, col + 1);
+            if across_queries {
+                row_end = comptime!(tile.rows() as u32).runtime();
+            }
+            if across_keys {
+                col_end = comptime!(tile.cols() as u32).runtime();
+            }
+            for j in col..col_end {
+                for i in row..row_end {
+                    let group = comptime!(tile.row_units as u32);
+                    let v = weights[(j * comptime!(tile.weights_stride() as u32) + i % group) as usize];
+                    sum += v.extract_dynamic((i / group) as usize);
+                }
+            }
+            dbias[(base + (i0 + row) as usize) * shape.keys as usize + (j0 + col) as usize] = E::cast_from(sum);
+        }
+        x += comptime!(tile.units() as u32);
+    }
+}
+
+/// What [`head_sums_kernel`] adds up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum HeadSum {
+    /// `dsink = −Σ exp(sink − lse) · delta` over the rows of a head.
+    Sinks,
+    /// The query tiles' shares of the slope's gradient.
+    Slopes,
+}
+
+/// The gradient of a number per query head, a sum over the batch and over `rows` entries of each batch element. A cube a
+/// head: every unit sums its stride of the entries, then the first one adds the units up.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn head_sums_kernel(
+    scratch: &[u32],
+    gradient: &mut [f32],
+    rows: u32,
+    n: Numbers,
+    #[comptime] what: HeadSum,
+    #[comptime] units: usize,
+) {
+    let h = CUBE_POS;
+    if h >= n.heads_q as usize {
+        terminate!();
+    }
+    let mut partial = Shared::<[f32]>::new_slice(units);
+    let mut sum = 0.0f32;
+    for b in 0..n.batch {
+        let base = (b as usize * n.heads_q as usize + h) * rows as usize;
+        let mut x = UNIT_POS;
+        while x < rows {
+            let at = base + x as usize;
+            match comptime!(what) {
+                HeadSum::Sinks => {
+                    let lse = f32::reinterpret(scratch[n.lse_at + at]);
+                    if lse != n.minus_infinity {
+                        let sink = f32::reinterpret(scratch[n.sinks_at + h]);
+                        sum -= (sink - lse).exp() * f32::reinterpret(scratch[n.delta_at + at]);
+                    }
+                }
+                HeadSum::Slopes => {
+                    sum += f32::reinterpret(scratch[n.partials_at + at]);
+                }
+            }
+            x += comptime!(units as u32);
+        }
+    }
+    partial[UNIT_POS as usize] = sum;
+    sync_cube();
+    if UNIT_POS == 0 {
+        let mut total = 0.0f32;
+        for unit in 0..units {
+            total += partial[unit];
+        }
+        gradient[h] = total;
+    }
+}

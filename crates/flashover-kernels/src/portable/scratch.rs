@@ -1,0 +1,188 @@
+//! The scratch buffer: everything a kernel reads besides its large operands, in one binding of 32-bit words.
+//!
+//! WebGPU guarantees 8 storage buffers and CubeCL takes one, so the row statistics, the per-head numbers and the packed
+//! mask share a buffer, which small kernels fill on the device. Floats are stored by their bits.
+
+use cubecl::prelude::*;
+
+use super::Launcher;
+use super::element::Numbers;
+use crate::device::DeviceTensor;
+use crate::operands::Operands;
+use crate::problem::Problem;
+
+/// Offsets of the sections, in words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Layout {
+    /// `lse` and `delta`, `[B, Hq, Sq]` each; backward only.
+    pub lse: usize,
+    pub delta: usize,
+    /// ALiBi slopes `[Hq]`.
+    pub slopes: usize,
+    /// Learned sinks `[Hq]`.
+    pub sinks: usize,
+    /// Key lengths `[B]`.
+    pub lengths: usize,
+    /// Partial sums of the slopes' gradient, one a query tile and head.
+    pub partials: usize,
+    /// The mask in its own shape, each row of keys padded to whole words; 1 is visible.
+    pub mask: usize,
+    /// Words of all sections.
+    pub words: usize,
+}
+
+impl Layout {
+    /// Sections for a problem: `statistics` for a backward, `partials` words for the slopes' gradient.
+    pub fn of(problem: &Problem, statistics: bool, partials: usize) -> Self {
+        let rows = if statistics { problem.batch * problem.heads_q * problem.seq_q } else { 0 };
+        let section = |on: bool, words: usize| if on { words } else { 0 };
+        let mut layout = Layout { delta: rows, slopes: 2 * rows, ..Layout::default() };
+        layout.sinks = layout.slopes + section(problem.alibi, problem.heads_q);
+        layout.lengths = layout.sinks + section(problem.learned_sinks, problem.heads_q);
+        layout.partials = layout.lengths + section(problem.key_lengths, problem.batch);
+        layout.mask = layout.partials + partials;
+        layout.words = layout.mask + problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32));
+        layout
+    }
+
+    /// Bytes of all sections.
+    pub fn bytes(&self) -> usize {
+        self.words * size_of::<u32>()
+    }
+}
+
+/// Allocates the scratch buffer and fills the sections that come from operands. `None` if there are none.
+pub(crate) fn build(
+    launcher: &Launcher,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    layout: &Layout,
+) -> Option<DeviceTensor> {
+    if layout.words == 0 {
+        return None;
+    }
+    let word = u32::elem_type_native();
+    let scratch = DeviceTensor::empty(launcher.client, &[layout.words], word);
+    for (source, at) in [
+        (problem.alibi.then_some(operands.alibi_slopes.as_ref()).flatten(), layout.slopes),
+        (problem.learned_sinks.then_some(operands.learned_sinks.as_ref()).flatten(), layout.sinks),
+        (problem.key_lengths.then_some(operands.key_lengths.as_ref()).flatten(), layout.lengths),
+    ] {
+        let Some(source) = source.filter(|source| source.elements() > 0) else { continue };
+        let units = 32;
+        launcher.note("copy", String::new(), 2, 0, units, 0);
+        // SAFETY: the kernel reads `elements` elements of `source` and writes as many words from `at` on.
+        unsafe {
+            copy_words::launch_unchecked(
+                launcher.client,
+                launcher.cubes(source.elements().div_ceil(units)),
+                CubeDim::new_1d(units as u32),
+                source.address_type().max(scratch.address_type()),
+                source.arg(),
+                scratch.buffer(),
+                at,
+                source.elements() as u32,
+            );
+        }
+    }
+    if let (Some(shape), Some(mask)) = (problem.mask, &operands.mask)
+        && mask.elements() > 0
+    {
+        let units = 64;
+        let words = layout.words - layout.mask;
+        launcher.note("pack_mask", String::new(), 2, 0, units, layout.bytes());
+        // SAFETY: the kernel stops at `words` words and tests keys against the mask's own shape.
+        unsafe {
+            pack_mask::launch_unchecked(
+                launcher.client,
+                launcher.cubes(words.div_ceil(units)),
+                CubeDim::new_1d(units as u32),
+                mask.address_type().max(scratch.address_type()),
+                mask.arg(),
+                scratch.buffer(),
+                layout.mask,
+                words,
+                shape[1] as u32,
+                shape[2] as u32,
+                shape[3] as u32,
+                mask.elem,
+            );
+        }
+    }
+    Some(scratch)
+}
+
+/// `scratch[at + x] = source[x]`, bits as they are, for any 4-byte element type.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn copy_words(source: &Tensor<u32>, scratch: &mut [u32], at: usize, len: u32) {
+    if ABSOLUTE_POS < len as usize {
+        scratch[at + ABSOLUTE_POS] = source[ABSOLUTE_POS * source.stride(0)];
+    }
+}
+
+/// Packs 32 keys of a mask in Burn's convention (`true` hides) into a word in ours (1 is visible). A unit a word.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn pack_mask<B: Int>(
+    mask: &Tensor<B>,
+    scratch: &mut [u32],
+    at: usize,
+    words: usize,
+    heads: u32,
+    queries: u32,
+    keys: u32,
+    #[define(B)] _dtype: ElemType,
+) {
+    let x = ABSOLUTE_POS;
+    if x < words {
+        let row_words = keys.div_ceil(32u32) as usize;
+        let (row, j0) = (x / row_words, (x % row_words) as u32 * 32u32);
+        let (i, head) = (row % queries as usize, row / queries as usize);
+        let (h, b) = (head % heads as usize, head / heads as usize);
+        let from = b * mask.stride(0) + h * mask.stride(1) + i * mask.stride(2);
+        let mut word = 0u32;
+        for bit in 0..32u32 {
+            let j = j0 + bit;
+            if j < keys {
+                let hidden = u32::cast_from(mask[from + j as usize * mask.stride(3)]) != 0;
+                word |= select(hidden, 0u32, 1u32) << bit;
+            }
+        }
+        scratch[at + x] = word;
+    }
+}
+
+/// `lse` and `delta = rowsum(do ∘ o) − dlse` into the scratch buffer (FlashAttention-2, Algorithm 2, line 4; the gradient
+/// of `lse` enters every score's gradient as `p · dlse`). A unit a row; a row that saw nothing gets 0.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn row_statistics<E: Float>(
+    o: &Tensor<E>,
+    d_o: &Tensor<E>,
+    lse: &Tensor<f32>,
+    dlse: ComptimeOption<&Tensor<f32>>,
+    scratch: &mut [u32],
+    n: Numbers,
+    #[comptime] with_dlse: bool,
+    #[define(E)] _dtype: ElemType,
+) {
+    let row = ABSOLUTE_POS;
+    if row < n.batch as usize * n.heads_q as usize * n.seq_q as usize {
+        let (i, head) = (row % n.seq_q as usize, row / n.seq_q as usize);
+        let (h, b) = (head % n.heads_q as usize, head / n.heads_q as usize);
+        let at_o = b * o.stride(0) + h * o.stride(1) + i * o.stride(2);
+        let at_d = b * d_o.stride(0) + h * d_o.stride(1) + i * d_o.stride(2);
+        let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
+        let mut delta = 0.0f32;
+        if row_lse != n.minus_infinity {
+            for d in 0..n.value_dim {
+                let x = f32::cast_from(o[at_o + d as usize * o.stride(3)]);
+                delta += x * f32::cast_from(d_o[at_d + d as usize * d_o.stride(3)]);
+            }
+            if with_dlse {
+                let dlse = dlse.unwrap();
+                delta -= dlse[b * dlse.stride(0) + h * dlse.stride(1) + i * dlse.stride(2)];
+            }
+        }
+        scratch[n.lse_at + row] = u32::reinterpret(row_lse);
+        scratch[n.delta_at + row] = u32::reinterpret(delta);
+    }
+}

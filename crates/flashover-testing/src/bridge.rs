@@ -1,0 +1,149 @@
+//! A case as Burn sees it: its inputs as tensors, attention through the public entry, results back as plain f64.
+
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use flashover::kernels::operands::{Gradients, Operands};
+use flashover::kernels::problem::{Element, Problem};
+use flashover::{AttentionError, AttentionOptions};
+
+use crate::data::Inputs;
+
+/// A case's inputs on a device.
+pub struct Tensors {
+    /// Queries.
+    pub q: Tensor<4>,
+    /// Keys.
+    pub k: Tensor<4>,
+    /// Values.
+    pub v: Tensor<4>,
+    /// Bias.
+    pub bias: Option<Tensor<4>>,
+    /// Mask, `true` hides.
+    pub mask: Option<Tensor<4, Bool>>,
+    /// ALiBi slopes.
+    pub alibi_slopes: Option<Tensor<1>>,
+    /// Learned sinks.
+    pub learned_sinks: Option<Tensor<1>>,
+    /// Key lengths.
+    pub key_lengths: Option<Tensor<1, Int>>,
+    /// Gradient of the output.
+    pub do_: Tensor<4>,
+    /// Gradient of the log-sum-exp.
+    pub dlse: Tensor<3>,
+}
+
+/// What attention gave, in f64.
+#[derive(Debug)]
+pub struct Results {
+    /// Output.
+    pub o: Vec<f64>,
+    /// Log-sum-exp.
+    pub lse: Vec<f64>,
+    /// Gradients of `<o, do> + <lse, dlse>`, if the device is an autodiff one.
+    pub gradients: Gradients<Vec<f64>>,
+}
+
+impl Tensors {
+    /// Puts the inputs on `device`. Floats that can have a gradient are tracked if the device is an autodiff one.
+    pub fn new(problem: &Problem, inputs: &Inputs, device: &Device) -> Self {
+        let p = problem;
+        let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, key_lengths } = &inputs.operands;
+        let tracked4 = |data: &[f64], shape: [usize; 4]| track(floats(data, shape, p.element, device));
+        let statistic = if p.element == Element::F64 { Element::F64 } else { Element::F32 };
+        let tracked1 =
+            |data: &Option<Vec<f64>>| data.as_ref().map(|x| track(floats(x, [p.heads_q], statistic, device)));
+        Tensors {
+            q: tracked4(q, [p.batch, p.heads_q, p.seq_q, p.head_dim]),
+            k: tracked4(k, [p.batch, p.heads_kv, p.seq_kv, p.head_dim]),
+            v: tracked4(v, [p.batch, p.heads_kv, p.seq_kv, p.value_dim]),
+            bias: bias.as_ref().map(|x| tracked4(x, p.bias.expect("the problem has a bias"))),
+            mask: mask.as_ref().map(|x| {
+                let shape = p.mask.expect("the problem has a mask");
+                Tensor::from_data(TensorData::new(x.clone(), shape), device)
+            }),
+            alibi_slopes: tracked1(alibi_slopes),
+            learned_sinks: tracked1(learned_sinks),
+            key_lengths: key_lengths.as_ref().map(|x| Tensor::from_data(TensorData::new(x.clone(), [p.batch]), device)),
+            do_: floats(&inputs.do_, p.output_shape(), p.element, device),
+            dlse: floats(&inputs.dlse, p.lse_shape(), Element::F32, device),
+        }
+    }
+
+    /// The options that make `problem` of these tensors.
+    pub fn options(&self, problem: &Problem) -> AttentionOptions {
+        let p = problem;
+        let mut options = AttentionOptions::new().scale(p.scale);
+        if p.band.causal {
+            options = options.causal();
+        }
+        options = options.window(p.band.left as usize, p.band.right as usize).visible_sinks(p.band.sinks as usize);
+        if let Some(cap) = p.softcap {
+            options = options.softcap(cap);
+        }
+        if let Some(bias) = &self.bias {
+            options = options.bias(bias.clone());
+        }
+        if let Some(mask) = &self.mask {
+            options = options.mask(mask.clone());
+        }
+        if let Some(slopes) = &self.alibi_slopes {
+            options = options.alibi_slopes(slopes.clone());
+        }
+        if let Some(sinks) = &self.learned_sinks {
+            options = options.learned_sinks(sinks.clone());
+        }
+        if let Some(lengths) = &self.key_lengths {
+            options = options.key_lengths(lengths.clone());
+        }
+        if let Some(dropout) = p.dropout {
+            options = options.dropout(dropout.probability, dropout.seed);
+        }
+        options
+    }
+}
+
+/// Runs the case: output and log-sum-exp, and on an autodiff device the gradients; through the log-sum-exp as well if
+/// `lse_gradient`.
+pub fn run(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &Device) -> Result<Results, AttentionError> {
+    let t = Tensors::new(problem, inputs, device);
+    let (o, lse) = flashover::attention_with_lse(t.q.clone(), t.k.clone(), t.v.clone(), &t.options(problem))?;
+    let gradients = if device.is_autodiff() {
+        let mut loss = (o.clone() * t.do_.clone()).cast(burn::tensor::DType::F32).sum();
+        if lse_gradient {
+            // 0 · −∞ is not 0: rows that see nothing are left out of the loss.
+            let seen = lse.clone().greater_elem(f32::NEG_INFINITY);
+            let zeros = Tensor::zeros(lse.shape(), device);
+            loss = loss + zeros.mask_where(seen, lse.clone() * t.dlse.clone()).sum();
+        }
+        let mut store = loss.backward();
+        let mut take4 = |x: &Tensor<4>| x.grad_remove(&mut store).map(vec);
+        let (q, k, v) = (take4(&t.q), take4(&t.k), take4(&t.v));
+        let bias = t.bias.as_ref().and_then(take4);
+        let mut take1 = |x: &Tensor<1>| x.grad_remove(&mut store).map(vec);
+        let alibi_slopes = t.alibi_slopes.as_ref().and_then(&mut take1);
+        let learned_sinks = t.learned_sinks.as_ref().and_then(&mut take1);
+        Gradients { q, k, v, bias, alibi_slopes, learned_sinks }
+    } else {
+        Gradients::default()
+    };
+    Ok(Results { o: vec(o), lse: vec(lse), gradients })
+}
+
+/// A tensor's elements in row-major order as f64.
+pub fn vec<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+/// A float tensor of an element type.
+pub fn floats<const D: usize>(data: &[f64], shape: [usize; D], element: Element, device: &Device) -> Tensor<D> {
+    let dtype = match element {
+        Element::F64 => burn::tensor::DType::F64,
+        Element::F32 => burn::tensor::DType::F32,
+        Element::F16 => burn::tensor::DType::F16,
+        Element::BF16 => burn::tensor::DType::BF16,
+    };
+    Tensor::from_data(TensorData::new(data.to_vec(), shape).convert_dtype(dtype), (device, dtype))
+}
+
+fn track<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    if tensor.device().is_autodiff() { tensor.require_grad() } else { tensor }
+}

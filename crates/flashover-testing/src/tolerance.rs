@@ -1,0 +1,227 @@
+//! How far a result may be from the oracle: per tensor, in max-abs, `2 × max|naive − oracle| + 1e-5`.
+//!
+//! The naive reference of the same element type says what that type allows; a fused kernel, which rounds less often,
+//! gets twice that.
+//!
+//! The naive error of a tensor of a few elements (a bias of shape `[1, 1, 1, 1]`, a slope a head) is a matter of luck: it is
+//! one or a few samples of a random sum, and often near 0. It is taken over as many draws of the inputs as give
+//! [`SAMPLE`] elements.
+
+use flashover_kernels::operands::Gradients;
+use flashover_kernels::problem::Problem;
+
+use crate::data::Inputs;
+use crate::{naive, oracle};
+
+/// What the naive reference cannot explain: sums in another order, fast exponentials.
+pub const FLOOR: f64 = 1e-5;
+
+/// Elements over which a naive error is taken at least.
+pub const SAMPLE: usize = 16;
+
+/// A tensor that passed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// The tensor.
+    pub name: String,
+    /// Largest error, over elements where the oracle is finite.
+    pub error: f64,
+    /// Where it stands.
+    pub index: usize,
+    /// Largest error that was allowed.
+    pub budget: f64,
+}
+
+/// The error budget of a tensor. Elements where either reference is not finite say nothing about precision.
+pub fn budget(expected: &[f64], naive: &[f64]) -> f64 {
+    2.0 * naive_error(expected, naive) + FLOOR
+}
+
+fn naive_error(expected: &[f64], naive: &[f64]) -> f64 {
+    assert_eq!(expected.len(), naive.len(), "elements of the two references");
+    let errors = expected.iter().zip(naive).map(|(e, n)| (n - e).abs()).filter(|error| error.is_finite());
+    errors.fold(0.0, f64::max)
+}
+
+/// Holds `actual` against the oracle's `expected`: within the budget where that is finite, the same infinity where it
+/// is infinite, NaN where it is NaN. The error names the worst element of the kind that failed first.
+pub fn check(name: &str, expected: &[f64], naive: &[f64], actual: &[f64]) -> Result<Report, String> {
+    check_within(name, expected, budget(expected, naive), actual)
+}
+
+fn check_within(name: &str, expected: &[f64], budget: f64, actual: &[f64]) -> Result<Report, String> {
+    if actual.len() != expected.len() {
+        return Err(format!("{name}: expected {} elements, found {}", expected.len(), actual.len()));
+    }
+    let mut worst = Report { name: name.to_string(), error: 0.0, index: 0, budget };
+    for (index, (&e, &a)) in expected.iter().zip(actual).enumerate() {
+        let error = (a - e).abs();
+        let wrong_kind = if e.is_finite() { !a.is_finite() } else { !(a == e || a.is_nan() && e.is_nan()) };
+        if wrong_kind {
+            return Err(format!("{name}[{index}]: expected {e}, found {a}, budget {budget:.3e}"));
+        }
+        if e.is_finite() && error > worst.error {
+            worst = Report { error, index, ..worst };
+        }
+    }
+    if worst.error > budget {
+        let (index, error) = (worst.index, worst.error);
+        let over = expected.iter().zip(actual).filter(|(e, a)| (*a - *e).abs() > budget).count();
+        return Err(format!(
+            "{name}[{index}]: expected {}, found {}, error {error:.3e}, budget {budget:.3e}; {over} of {} are over",
+            expected[index],
+            actual[index],
+            expected.len(),
+        ));
+    }
+    Ok(worst)
+}
+
+/// [`check`] of both outputs of a forward; the error lists every tensor that failed.
+pub fn check_forward(problem: &Problem, inputs: &Inputs, o: &[f64], lse: &[f64]) -> Result<Vec<Report>, String> {
+    let (expected, reference) = (oracle::forward(problem, inputs), naive::forward(problem, inputs));
+    collect([check("o", &expected.0, &reference.0, o), check("lse", &expected.1, &reference.1, lse)])
+}
+
+/// [`check`] of every gradient that is given, each apart; one of an operand that the problem lacks is an error.
+/// Gradients that were not [`Wanted`](flashover_kernels::operands::Wanted) are left `None`.
+pub fn check_gradients(
+    problem: &Problem,
+    inputs: &Inputs,
+    actual: &Gradients<Vec<f64>>,
+) -> Result<Vec<Report>, String> {
+    let (expected, reference) = (oracle::backward(problem, inputs), naive::backward(problem, inputs));
+    let named = |g: Gradients<Vec<f64>>| {
+        [
+            ("dq", g.q),
+            ("dk", g.k),
+            ("dv", g.v),
+            ("dbias", g.bias),
+            ("dalibi_slopes", g.alibi_slopes),
+            ("dlearned_sinks", g.learned_sinks),
+        ]
+    };
+    let mut errors = naive_errors(&expected, &reference);
+    let smallest = named(expected.clone()).into_iter().zip(named(actual.clone()));
+    let smallest = smallest.filter_map(|((_, expected), (_, actual))| actual.and(expected)).map(|x| x.len());
+    // An empty tensor has no error however often it is drawn.
+    let smallest = smallest.filter(|&len| len > 0).min().unwrap_or(SAMPLE);
+    for draw in 1..SAMPLE.div_ceil(smallest) {
+        let drawn = inputs.redrawn(problem, draw as u64);
+        let more = naive_errors(&oracle::backward(problem, &drawn), &naive::backward(problem, &drawn));
+        for (n, (error, more)) in errors.iter_mut().zip(more).enumerate() {
+            let few = named(expected.clone())[n].1.as_ref().is_some_and(|x| x.len() * draw < SAMPLE);
+            if few {
+                *error = error.max(more);
+            }
+        }
+    }
+    let checks = named(expected).into_iter().zip(named(actual.clone())).zip(errors);
+    collect(checks.filter_map(|(((name, expected), (_, actual)), error)| {
+        let actual = actual?;
+        Some(match expected {
+            Some(expected) => check_within(name, &expected, 2.0 * error + FLOOR, &actual),
+            None => Err(format!("{name}: expected none, the problem has no such operand, found {}", actual.len())),
+        })
+    }))
+}
+
+/// Errors of the naive gradients, in the order q, k, v, bias, slopes, sinks; 0 for one that is not there.
+fn naive_errors(expected: &Gradients<Vec<f64>>, naive: &Gradients<Vec<f64>>) -> [f64; 6] {
+    let (e, n) = (expected, naive);
+    let pairs = [
+        (&e.q, &n.q),
+        (&e.k, &n.k),
+        (&e.v, &n.v),
+        (&e.bias, &n.bias),
+        (&e.alibi_slopes, &n.alibi_slopes),
+        (&e.learned_sinks, &n.learned_sinks),
+    ];
+    pairs.map(|(expected, naive)| match (expected, naive) {
+        (Some(expected), Some(naive)) => naive_error(expected, naive),
+        _ => 0.0,
+    })
+}
+
+fn collect(checks: impl IntoIterator<Item = Result<Report, String>>) -> Result<Vec<Report>, String> {
+    let (passed, failed): (Vec<_>, Vec<_>) = checks.into_iter().partition(Result::is_ok);
+    if failed.is_empty() {
+        Ok(passed.into_iter().flatten().collect())
+    } else {
+        Err(failed.into_iter().filter_map(Result::err).collect::<Vec<_>>().join("\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flashover_kernels::problem::Element;
+
+    use super::*;
+    use crate::small;
+
+    const NAN: f64 = f64::NAN;
+    const LOWEST: f64 = f64::NEG_INFINITY;
+
+    #[test]
+    fn the_budget_is_twice_the_naive_error_and_the_floor() {
+        assert_eq!(budget(&[1.0, 2.0, LOWEST], &[1.5, 2.25, LOWEST]), 1.0 + FLOOR);
+        assert_eq!(budget(&[1.0, NAN, 3.0], &[1.0, 2.0, f64::INFINITY]), FLOOR);
+        let report = check("o", &[1.0, 2.0], &[1.5, 2.0], &[1.25, 1.0]).unwrap();
+        assert_eq!(report, Report { name: "o".into(), error: 1.0, index: 1, budget: 1.0 + FLOOR });
+    }
+
+    #[test]
+    fn a_failure_says_tensor_index_expected_found_and_budget() {
+        let message = check("dk", &[1.0, 2.0], &[1.0, 2.0], &[1.0, 2.5]).unwrap_err();
+        assert_eq!(message, "dk[1]: expected 2, found 2.5, error 5.000e-1, budget 1.000e-5; 1 of 2 are over");
+        assert_eq!(check("o", &[1.0], &[1.0], &[]).unwrap_err(), "o: expected 1 elements, found 0");
+    }
+
+    #[test]
+    fn what_is_not_finite_must_agree() {
+        let pass = |expected: f64, actual: f64| check("lse", &[expected], &[expected], &[actual]).is_ok();
+        assert!(pass(LOWEST, LOWEST) && pass(NAN, NAN) && pass(f64::INFINITY, f64::INFINITY));
+        for (expected, actual) in [
+            (0.0, NAN),
+            (0.0, LOWEST),
+            (NAN, 0.0),
+            (NAN, LOWEST),
+            (LOWEST, NAN),
+            (LOWEST, -1e30),
+            (LOWEST, f64::INFINITY),
+        ] {
+            assert!(!pass(expected, actual), "expected {expected}, found {actual}");
+        }
+    }
+
+    #[test]
+    fn the_naive_reference_passes_and_each_spoilt_tensor_fails() {
+        let (_, problem) =
+            small::problems(Element::F32).into_iter().find(|(_, p)| p.alibi && p.bias.is_some()).unwrap();
+        let problem = Problem { learned_sinks: true, ..problem };
+        let inputs = Inputs::random(&problem, 0);
+        let (o, lse) = naive::forward(&problem, &inputs);
+        assert_eq!(check_forward(&problem, &inputs, &o, &lse).unwrap().len(), 2);
+        let g = naive::backward(&problem, &inputs);
+        assert_eq!(check_gradients(&problem, &inputs, &g).unwrap().len(), 6);
+
+        let spoil = |tensor: &[f64]| tensor.iter().map(|x| x + 1e-2).collect::<Vec<_>>();
+        let message = check_forward(&problem, &inputs, &spoil(&o), &spoil(&lse)).unwrap_err();
+        assert!(message.starts_with("o[") && message.contains("\nlse["), "{message}");
+        for (name, spoilt) in [
+            ("dq[", Gradients { q: g.q.as_deref().map(spoil), ..g.clone() }),
+            ("dk[", Gradients { k: g.k.as_deref().map(spoil), ..g.clone() }),
+            ("dv[", Gradients { v: g.v.as_deref().map(spoil), ..g.clone() }),
+            ("dbias[", Gradients { bias: g.bias.as_deref().map(spoil), ..g.clone() }),
+            ("dalibi_slopes[", Gradients { alibi_slopes: g.alibi_slopes.as_deref().map(spoil), ..g.clone() }),
+            ("dlearned_sinks[", Gradients { learned_sinks: g.learned_sinks.as_deref().map(spoil), ..g.clone() }),
+        ] {
+            let message = check_gradients(&problem, &inputs, &spoilt).unwrap_err();
+            assert!(message.starts_with(name) && !message.contains('\n'), "{message}");
+        }
+        let bare = Problem { learned_sinks: false, ..problem };
+        let message =
+            check_gradients(&bare, &inputs, &Gradients { learned_sinks: g.learned_sinks, ..Gradients::default() });
+        assert_eq!(message.unwrap_err(), "dlearned_sinks: expected none, the problem has no such operand, found 4");
+    }
+}

@@ -1,0 +1,209 @@
+//! The backend extension: what every implementation provides and how Burn routes to it.
+
+use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
+use burn::backend::{Backend, ExtensionType, backend_extension};
+use flashover_kernels::operands::Wanted;
+use flashover_kernels::problem::Problem;
+
+/// A float tensor that may be absent. (`Option` is not recognized by Burn's extension macros.)
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub enum MaybeFloat<B: Backend> {
+    /// No tensor.
+    Absent,
+    /// A tensor.
+    Present(FloatTensor<B>),
+}
+
+/// A boolean tensor that may be absent.
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub enum MaybeBool<B: Backend> {
+    /// No tensor.
+    Absent,
+    /// A tensor.
+    Present(BoolTensor<B>),
+}
+
+/// An integer tensor that may be absent.
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub enum MaybeInt<B: Backend> {
+    /// No tensor.
+    Absent,
+    /// A tensor.
+    Present(IntTensor<B>),
+}
+
+macro_rules! option_conversions {
+    ($maybe:ident, $tensor:ident) => {
+        impl<B: Backend> $maybe<B> {
+            /// As an `Option`.
+            pub fn into_option(self) -> Option<$tensor<B>> {
+                match self {
+                    $maybe::Absent => None,
+                    $maybe::Present(tensor) => Some(tensor),
+                }
+            }
+
+            /// From an `Option`.
+            pub fn from_option(tensor: Option<$tensor<B>>) -> Self {
+                tensor.map_or($maybe::Absent, $maybe::Present)
+            }
+        }
+    };
+}
+option_conversions!(MaybeFloat, FloatTensor);
+option_conversions!(MaybeBool, BoolTensor);
+option_conversions!(MaybeInt, IntTensor);
+
+/// The optional operands; see [`Operands`](flashover_kernels::operands::Operands) for shapes and dtypes.
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub struct Extras<B: Backend> {
+    /// Additive bias.
+    #[extension_type]
+    pub bias: MaybeFloat<B>,
+    /// Boolean mask, `true` hides.
+    #[extension_type]
+    pub mask: MaybeBool<B>,
+    /// ALiBi slopes.
+    #[extension_type]
+    pub alibi_slopes: MaybeFloat<B>,
+    /// Learned sink logits.
+    #[extension_type]
+    pub learned_sinks: MaybeFloat<B>,
+    /// Visible keys of each batch element.
+    #[extension_type]
+    pub key_lengths: MaybeInt<B>,
+}
+
+/// The gradients that were wanted; see [`Gradients`](flashover_kernels::operands::Gradients).
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub struct InputGradients<B: Backend> {
+    /// Gradient of the queries.
+    #[extension_type]
+    pub q: MaybeFloat<B>,
+    /// Gradient of the keys.
+    #[extension_type]
+    pub k: MaybeFloat<B>,
+    /// Gradient of the values.
+    #[extension_type]
+    pub v: MaybeFloat<B>,
+    /// Gradient of the bias.
+    #[extension_type]
+    pub bias: MaybeFloat<B>,
+    /// Gradient of the ALiBi slopes.
+    #[extension_type]
+    pub alibi_slopes: MaybeFloat<B>,
+    /// Gradient of the learned sinks.
+    #[extension_type]
+    pub learned_sinks: MaybeFloat<B>,
+}
+
+/// Attention as a backend provides it. The problem is validated and the tensors match it: [`attention`](crate::attention)
+/// has seen to that.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    Cube: cfg(feature = "cubecl-backend"),
+    NdArray: cfg(feature = "ndarray"),
+    LibTorch: cfg(feature = "tch"),
+    Remote: cfg(feature = "remote"),
+    Fusion: cfg(feature = "fusion"),
+    Autodiff: cfg(feature = "autodiff"),
+)]
+pub trait AttentionBackend: Backend {
+    /// The output `[B, Hq, Sq, Dv]` alone.
+    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, problem: &Problem| {
+        output_spec(q, problem)
+    })]
+    fn flashover_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] extras: Extras<Self>,
+        problem: Problem,
+    ) -> FloatTensor<Self>;
+
+    /// The output and the log-sum-exp, f32 `[B, Hq, Sq]`.
+    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, problem: &Problem| {
+        (output_spec(q, problem), lse_spec(problem))
+    })]
+    fn flashover_forward_lse(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] extras: Extras<Self>,
+        problem: Problem,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The gradients that are wanted, from the output `o`, the log-sum-exp `lse`, and their gradients.
+    #[fusion(meta = backward_specs)]
+    #[allow(clippy::too_many_arguments)]
+    fn flashover_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] extras: Extras<Self>,
+        o: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        do_: FloatTensor<Self>,
+        #[extension_type] dlse: MaybeFloat<Self>,
+        problem: Problem,
+        wanted: Wanted,
+    ) -> InputGradients<Self>;
+}
+
+#[cfg(feature = "fusion")]
+use specs::*;
+
+#[cfg(feature = "fusion")]
+mod specs {
+    //! Shapes and dtypes of the outputs, which Fusion needs before anything runs.
+
+    pub(super) use burn::backend::fusion::custom::TensorSpec;
+
+    use burn::tensor::DType;
+
+    use super::*;
+
+    pub(super) fn output_spec(q: &TensorSpec, problem: &Problem) -> TensorSpec {
+        TensorSpec::new(problem.output_shape().into(), q.dtype)
+    }
+
+    pub(super) fn lse_spec(problem: &Problem) -> TensorSpec {
+        TensorSpec::new(problem.lse_shape().into(), DType::F32)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn backward_specs(
+        q: &TensorSpec,
+        k: &TensorSpec,
+        v: &TensorSpec,
+        extras: &ExtrasMetadata,
+        _o: &TensorSpec,
+        _lse: &TensorSpec,
+        _do: &TensorSpec,
+        _dlse: &MaybeFloatMetadata,
+        _problem: &Problem,
+        wanted: &Wanted,
+    ) -> InputGradientsMetadata {
+        let like = |wanted: bool, spec: &TensorSpec| match wanted {
+            true => MaybeFloatMetadata::Present(spec.clone()),
+            false => MaybeFloatMetadata::Absent,
+        };
+        let like_extra = |wanted: bool, extra: &MaybeFloatMetadata| match wanted {
+            true => extra.clone(),
+            false => MaybeFloatMetadata::Absent,
+        };
+        InputGradientsMetadata {
+            q: like(wanted.q, q),
+            k: like(wanted.k, k),
+            v: like(wanted.v, v),
+            bias: like_extra(wanted.bias, &extras.bias),
+            alibi_slopes: like_extra(wanted.alibi_slopes, &extras.alibi_slopes),
+            learned_sinks: like_extra(wanted.learned_sinks, &extras.learned_sinks),
+        }
+    }
+}

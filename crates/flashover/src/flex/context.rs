@@ -1,0 +1,320 @@
+//! A problem together with its operands: what a tile needs to know about scores and visibility.
+
+use std::ops::Range;
+
+use flashover_kernels::dropout::{Dropout, dropout_row};
+use flashover_kernels::mask::{Band, TileKind};
+use flashover_kernels::problem::Problem;
+use pulp::Simd;
+
+use super::Inputs;
+use super::real::{Float, Real};
+use super::view::View;
+
+/// A tile of scores: queries `i0 .. i0 + rows` and keys `j0 .. j0 + keys` of query head `h` of batch element `b`.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub b: usize,
+    pub h: usize,
+    pub i0: usize,
+    pub rows: usize,
+    pub j0: usize,
+    pub keys: usize,
+}
+
+/// A validated problem and its operands, the bias and the mask broadcast to the scores.
+pub(super) struct Context<'a, T: Float> {
+    pub problem: &'a Problem,
+    pub q: View<'a, T>,
+    pub k: View<'a, T>,
+    pub v: View<'a, T>,
+    pub bias: Option<View<'a, T>>,
+    pub slopes: Option<&'a [T::Compute]>,
+    pub sinks: Option<&'a [T::Compute]>,
+    pub scale: T::Compute,
+    mask: Option<View<'a, u8>>,
+    key_lengths: Option<&'a [i32]>,
+}
+
+impl<'a, T: Float> Context<'a, T> {
+    /// # Panics
+    /// When the operands are not those that the problem describes.
+    pub fn new(problem: &'a Problem, inputs: &Inputs<'a, T>) -> Self {
+        let p = problem;
+        assert_eq!(p.element, T::ELEMENT, "element type");
+        assert_eq!(inputs.q.shape(), [p.batch, p.heads_q, p.seq_q, p.head_dim], "shape of q");
+        assert_eq!(inputs.k.shape(), [p.batch, p.heads_kv, p.seq_kv, p.head_dim], "shape of k");
+        assert_eq!(inputs.v.shape(), [p.batch, p.heads_kv, p.seq_kv, p.value_dim], "shape of v");
+        assert_eq!(inputs.bias.map(|x| x.shape()), p.bias, "shape of the bias");
+        assert_eq!(inputs.mask.map(|x| x.shape()), p.mask, "shape of the mask");
+        assert_eq!(inputs.alibi_slopes.map(<[_]>::len), p.alibi.then_some(p.heads_q), "number of ALiBi slopes");
+        assert_eq!(inputs.learned_sinks.map(<[_]>::len), p.learned_sinks.then_some(p.heads_q), "number of sinks");
+        assert_eq!(inputs.key_lengths.map(<[_]>::len), p.key_lengths.then_some(p.batch), "number of key lengths");
+        Context {
+            problem,
+            q: inputs.q,
+            k: inputs.k,
+            v: inputs.v,
+            bias: inputs.bias.map(|x| x.broadcast(p.score_shape())),
+            slopes: inputs.alibi_slopes,
+            sinks: inputs.learned_sinks,
+            scale: T::Compute::from_f64(p.scale),
+            mask: inputs.mask.map(|x| x.broadcast(p.score_shape())),
+            key_lengths: inputs.key_lengths,
+        }
+    }
+
+    /// Keys of batch element `b` that its length leaves visible.
+    pub fn keys(&self, b: usize) -> usize {
+        let all = self.problem.seq_kv;
+        self.key_lengths.map_or(all, |lengths| usize::try_from(lengths[b]).unwrap_or(0).min(all))
+    }
+
+    /// Whether scores are anything else than `scale · q·k`.
+    pub fn has_score_functions(&self) -> bool {
+        self.problem.softcap.is_some() || self.slopes.is_some() || self.bias.is_some()
+    }
+
+    /// A query's position on the key axis.
+    fn position(&self, i: usize) -> i32 {
+        i as i32 + self.problem.alignment()
+    }
+
+    /// Kind of a tile whose keys are all within the key length. A dense mask may hide anything.
+    pub fn classify(&self, tile: &Tile) -> TileKind {
+        let (a0, j0) = (self.position(tile.i0), tile.j0 as i32);
+        let kind = self.problem.band.classify(a0, a0 + tile.rows as i32 - 1, j0, j0 + tile.keys as i32 - 1);
+        if self.mask.is_some() && kind == TileKind::Full { TileKind::Partial } else { kind }
+    }
+
+    /// Whether query `i` sees key `j`, which is within the key length.
+    pub fn visible(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
+        self.problem.band.allows(self.position(i), j as i32) && self.mask.is_none_or(|mask| mask.at(b, h, i, j) == 0)
+    }
+
+    /// Score functions over a tile that lies keys down, queries across: `s[j · columns + i]`.
+    #[inline(always)]
+    pub fn score_columns<S: Simd>(&self, s: &mut [T::Compute], columns: usize, tile: &Tile) {
+        if let Some(cap) = self.problem.softcap {
+            let cap = T::Compute::from_f64(cap);
+            for s in &mut s[..tile.keys * columns] {
+                *s = cap * (*s / cap).tanh::<S>();
+            }
+        }
+        if let Some(slopes) = self.slopes {
+            let (slope, a0) = (slopes[tile.h], self.position(tile.i0));
+            for (j, s) in s.chunks_exact_mut(columns).take(tile.keys).enumerate() {
+                let ahead = a0 - (tile.j0 + j) as i32;
+                for (c, s) in s.iter_mut().enumerate() {
+                    *s = *s - slope * T::Compute::from_i32((ahead + c as i32).abs());
+                }
+            }
+        }
+        if let Some(bias) = self.bias {
+            for i in 0..tile.rows {
+                let start = bias.index(tile.b, tile.h, tile.i0 + i, tile.j0);
+                for j in 0..tile.keys {
+                    s[j * columns + i] += bias.data()[(start + j as isize * bias.stride(3)) as usize].widen();
+                }
+            }
+        }
+    }
+
+    /// `−∞` wherever a query does not see a key, in a tile that lies keys down, queries across.
+    #[inline(always)]
+    pub fn hide_columns(&self, s: &mut [T::Compute], columns: usize, tile: &Tile) {
+        let band = self.problem.band;
+        let a0 = self.position(tile.i0);
+        for (j, s) in s.chunks_exact_mut(columns).take(tile.keys).enumerate() {
+            let seen = columns_that_see(&band, (tile.j0 + j) as i32);
+            let column = |a: i64| (a - i64::from(a0)).clamp(0, columns as i64) as usize;
+            let (from, to) = (column(seen.start), column(seen.end));
+            s[..from].fill(T::Compute::NEG_INFINITY);
+            s[to.max(from)..].fill(T::Compute::NEG_INFINITY);
+        }
+        if let Some(mask) = self.mask {
+            for i in 0..tile.rows {
+                let start = mask.index(tile.b, tile.h, tile.i0 + i, tile.j0);
+                for j in 0..tile.keys {
+                    let hidden = mask.data()[(start + j as isize * mask.stride(3)) as usize] != 0;
+                    let s = &mut s[j * columns + i];
+                    *s = if hidden { T::Compute::NEG_INFINITY } else { *s };
+                }
+            }
+        }
+    }
+
+    /// Score functions over row `i` of a tile, and the derivative of the softcap at each score (untouched without
+    /// one).
+    #[inline(always)]
+    pub fn score_row<S: Simd>(&self, s: &mut [T::Compute], slope_of_cap: &mut [T::Compute], tile: &Tile, i: usize) {
+        if let Some(cap) = self.problem.softcap {
+            let cap = T::Compute::from_f64(cap);
+            for (s, derivative) in s.iter_mut().zip(slope_of_cap) {
+                let t = (*s / cap).tanh::<S>();
+                *s = cap * t;
+                *derivative = T::Compute::from_f64(1.0) - t * t;
+            }
+        }
+        if let Some(slopes) = self.slopes {
+            let slope = slopes[tile.h];
+            self.for_distances(s, tile, i, |s, distance| *s = *s - slope * distance);
+        }
+        if let Some(bias) = self.bias {
+            let start = bias.index(tile.b, tile.h, i, tile.j0);
+            for (j, s) in s.iter_mut().enumerate() {
+                *s += bias.data()[(start + j as isize * bias.stride(3)) as usize].widen();
+            }
+        }
+    }
+
+    /// `Σ_j ds_j · |a − j|` over row `i` of a tile.
+    #[inline(always)]
+    pub fn distance_sum(&self, ds: &mut [T::Compute], tile: &Tile, i: usize) -> f64 {
+        let mut sum = 0.0;
+        self.for_distances(ds, tile, i, |ds, distance| sum += ds.to_f64() * distance.to_f64());
+        sum
+    }
+
+    /// Calls `f` with each element of row `i` of a tile and its ALiBi distance.
+    #[inline(always)]
+    pub fn for_distances(
+        &self,
+        row: &mut [T::Compute],
+        tile: &Tile,
+        i: usize,
+        mut f: impl FnMut(&mut T::Compute, T::Compute),
+    ) {
+        let ahead = self.position(i) - tile.j0 as i32;
+        for (j, x) in row.iter_mut().enumerate() {
+            f(x, T::Compute::from_i32((ahead - j as i32).abs()));
+        }
+    }
+
+    /// 0 in both rows wherever query `i` does not see the key.
+    #[inline(always)]
+    pub fn hide_row(&self, p: &mut [T::Compute], ds: &mut [T::Compute], tile: &Tile, i: usize) {
+        let zero = T::Compute::default();
+        for gap in keys_hidden_from(&self.problem.band, self.position(i)) {
+            let key = |j: i64| (j - tile.j0 as i64).clamp(0, p.len() as i64) as usize;
+            let (from, to) = (key(gap.start), key(gap.end));
+            if from < to {
+                p[from..to].fill(zero);
+                ds[from..to].fill(zero);
+            }
+        }
+        if let Some(mask) = self.mask {
+            let start = mask.index(tile.b, tile.h, i, tile.j0);
+            for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
+                let hidden = mask.data()[(start + j as isize * mask.stride(3)) as usize] != 0;
+                *p = if hidden { zero } else { *p };
+                *ds = if hidden { zero } else { *ds };
+            }
+        }
+    }
+}
+
+/// After every position and every key.
+const BEYOND: i64 = i32::MAX as i64;
+
+/// Positions of the queries that see key `j`.
+fn columns_that_see(band: &Band, j: i32) -> Range<i64> {
+    let (ahead, left, right, sinks) = band.scalars();
+    let [j64, ahead, left, right] = [j, ahead, left, right].map(i64::from);
+    if j < sinks { j64 - ahead..BEYOND } else { j64 - ahead.min(right)..j64 + left + 1 }
+}
+
+/// Keys that the query at `a` does not see, as two ranges.
+fn keys_hidden_from(band: &Band, a: i32) -> [Range<i64>; 2] {
+    let (ahead, left, right, sinks) = band.scalars();
+    let [a, ahead, left, right, sinks] = [a, ahead, left, right, sinks].map(i64::from);
+    let after_sinks = sinks.min(a + ahead + 1);
+    [after_sinks..a - left, after_sinks.max(a + ahead.min(right) + 1)..BEYOND]
+}
+
+/// Dropout of one head, as loops over rows and keys want it.
+#[derive(Clone, Copy)]
+pub(super) struct HeadDropout {
+    seed: (u32, u32),
+    head: u32,
+    threshold: u32,
+    /// `1/(1 − probability)`.
+    pub factor: f64,
+}
+
+impl HeadDropout {
+    pub fn new(dropout: &Dropout, problem: &Problem, b: usize, h: usize) -> Self {
+        let head = (b * problem.heads_q + h) as u32;
+        HeadDropout { seed: dropout.seed_words(), head, threshold: dropout.threshold(), factor: dropout.factor() }
+    }
+
+    /// Hash of row `i`.
+    pub fn row(&self, i: usize) -> u32 {
+        dropout_row(self.seed.0, self.seed.1, self.head, i as u32)
+    }
+
+    /// Hash of key `j`; the same for all rows.
+    #[inline(always)]
+    pub fn key(j: usize) -> u32 {
+        mix(j as u32 ^ 2_654_435_769)
+    }
+
+    /// Whether the probability at a row and a key, given by their hashes, is kept.
+    #[inline(always)]
+    pub fn keeps(&self, row: u32, key: u32) -> bool {
+        mix(row ^ key) >= self.threshold
+    }
+}
+
+/// `flashover_kernels::dropout::mix`, here so that it becomes part of vector loops.
+#[inline(always)]
+fn mix(x: u32) -> u32 {
+    let x = (x ^ (x >> 16)).wrapping_mul(2_146_121_005);
+    let x = (x ^ (x >> 15)).wrapping_mul(2_221_713_035);
+    x ^ (x >> 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use flashover_kernels::mask::UNBOUNDED;
+
+    use super::*;
+
+    #[test]
+    fn intervals_of_visibility_are_those_of_the_band() {
+        for causal in [false, true] {
+            for (left, right) in [(UNBOUNDED, UNBOUNDED), (0, 0), (3, 0), (2, 5), (UNBOUNDED, 1)] {
+                for sinks in [0, 1, 4, UNBOUNDED] {
+                    let band = Band { causal, left, right, sinks };
+                    for a in -9..12 {
+                        for j in 0..14 {
+                            let seen = band.allows(a, j);
+                            assert_eq!(columns_that_see(&band, j).contains(&i64::from(a)), seen, "{band:?} {a} {j}");
+                            let hidden = keys_hidden_from(&band, a).iter().any(|gap| gap.contains(&i64::from(j)));
+                            assert_eq!(!hidden, seen, "{band:?} {a} {j}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_agrees_with_its_definition() {
+        let problem = Problem::new([3, 5, 7, 4], [3, 5, 9, 4], [3, 5, 9, 4], flashover_kernels::problem::Element::F32);
+        let problem = problem.unwrap();
+        for (probability, seed) in [(0.0, 1), (0.3, 99), (0.8, u64::MAX - 5)] {
+            let dropout = Dropout { probability, seed };
+            for (b, h) in [(0, 0), (1, 4), (2, 3)] {
+                let head = HeadDropout::new(&dropout, &problem, b, h);
+                for i in [0, 1, 63, 1000] {
+                    for j in 0..200 {
+                        let keeps = head.keeps(head.row(i), HeadDropout::key(j));
+                        let expected = dropout.multiplier(b as u32, h as u32, 5, i as u32, j as u32);
+                        assert_eq!(if keeps { head.factor } else { 0.0 }, expected);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Tiles of the operands: rows of a tensor as the compute type, in place where that is possible.
+
+use super::gemm::{Left, Right};
+use super::real::{Float, Real, padded};
+use super::view::View;
+
+/// Rows of one head of a tensor as the compute type: element `[r, d]` is `data[r · stride + d]`. Each row is readable
+/// up to the padded width; what stands beyond the width is of no meaning.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, R> {
+    pub data: &'a [R],
+    pub stride: usize,
+}
+
+impl<'a, R> Rows<'a, R> {
+    /// As a left operand.
+    pub fn left(self) -> Left<'a, R> {
+        Left { data: self.data, row: self.stride, col: 1 }
+    }
+
+    /// Transposed, as a left operand.
+    pub fn left_transposed(self) -> Left<'a, R> {
+        Left { data: self.data, row: 1, col: self.stride }
+    }
+
+    /// As a right operand.
+    pub fn right(self) -> Right<'a, R> {
+        Right { data: self.data, row: self.stride }
+    }
+}
+
+/// Elements of scratch that [`rows`] needs for `count` rows of width `width`.
+pub(super) const fn rows_scratch(count: usize, width: usize) -> usize {
+    count * padded(width)
+}
+
+/// Rows `first .. first + count` of head `[b, h]`: in place when they are stored as they are computed with and their
+/// elements are adjacent, otherwise widened into `scratch`.
+#[inline(always)]
+pub(super) fn rows<'a, T: Float>(
+    view: &View<'a, T>,
+    (b, h): (usize, usize),
+    first: usize,
+    count: usize,
+    scratch: &'a mut [T::Compute],
+) -> Rows<'a, T::Compute> {
+    let width = view.shape()[3];
+    let start = view.index(b, h, first, 0);
+    let adjacent = view.stride(3) == 1 || width == 1;
+    if adjacent
+        && let Some(data) = T::as_compute(view.data())
+        && let Ok(stride) = usize::try_from(view.stride(2))
+        && start as usize + (count - 1) * stride + padded(width) <= data.len()
+    {
+        return Rows { data: &data[start as usize..], stride };
+    }
+    let stride = padded(width);
+    for (r, row) in scratch.chunks_exact_mut(stride).take(count).enumerate() {
+        let start = view.index(b, h, first + r, 0);
+        let (row, pad) = row.split_at_mut(width);
+        pad.fill(T::Compute::default());
+        if adjacent {
+            T::widen_slice(&view.data()[start as usize..][..width], row);
+        } else {
+            for (d, x) in row.iter_mut().enumerate() {
+                *x = view.data()[(start + d as isize * view.stride(3)) as usize].widen();
+            }
+        }
+    }
+    Rows { data: scratch, stride }
+}
+
+/// `out[d · columns + r] = scale · rows[r, d]`; columns from `count` up to the next vector become 0.
+#[inline(always)]
+pub(super) fn transpose<R: Real>(rows: Rows<'_, R>, count: usize, scale: R, out: &mut [R], columns: usize) {
+    const BLOCK: usize = 16;
+    let width = out.len() / columns;
+    for first in (0..count).step_by(BLOCK) {
+        let block = BLOCK.min(columns - first);
+        for (d, out) in out.chunks_exact_mut(columns).enumerate().take(width) {
+            for (r, x) in out[first..first + block].iter_mut().enumerate() {
+                *x = if first + r < count { rows.data[(first + r) * rows.stride + d] * scale } else { R::default() };
+            }
+        }
+    }
+}
+
+/// Whether no element of the rows is NaN or infinite.
+#[inline(always)]
+pub(super) fn all_finite<R: Real>(rows: Rows<'_, R>, count: usize, width: usize) -> bool {
+    (0..count).all(|r| {
+        let row = &rows.data[r * rows.stride..][..width];
+        row.iter().fold(0u32, |bad, x| bad | u32::from(!x.is_finite())) == 0
+    })
+}

@@ -1,0 +1,126 @@
+//! [`AttentionOptions`]: everything that shapes attention beyond its three operands.
+
+use burn::tensor::{Bool, Int, Tensor};
+use flashover_kernels::dropout::Dropout;
+use flashover_kernels::mask::{Band, UNBOUNDED};
+use flashover_kernels::problem::ProblemError;
+
+/// Options of [`attention`](crate::attention). The default is plain attention at scale `1/√D`.
+///
+/// A score passes, in this order: `q·k · scale` → [`softcap`](Self::softcap) →
+/// `+` [`alibi`](Self::alibi_slopes) `+` [`bias`](Self::bias) → masks → softmax.
+///
+/// ```
+/// use flashover::AttentionOptions;
+///
+/// let options = AttentionOptions::new().causal().sliding_window(1024).visible_sinks(4);
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct AttentionOptions {
+    pub(crate) scale: Option<f64>,
+    pub(crate) softcap: Option<f64>,
+    pub(crate) band: Band,
+    pub(crate) empty_window: bool,
+    pub(crate) mask: Option<Tensor<4, Bool>>,
+    pub(crate) bias: Option<Tensor<4>>,
+    pub(crate) alibi_slopes: Option<Tensor<1>>,
+    pub(crate) learned_sinks: Option<Tensor<1>>,
+    pub(crate) key_lengths: Option<Tensor<1, Int>>,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl AttentionOptions {
+    /// Plain attention.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Factor of `q·k`; `1/√D` unless given. Must be finite.
+    pub fn scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+
+    /// Caps scores to `(−cap, cap)` by `cap · tanh(s / cap)` (Gemma 2). Must be positive.
+    pub fn softcap(mut self, cap: f64) -> Self {
+        self.softcap = Some(cap);
+        self
+    }
+
+    /// Hides the keys after each query. Aligned to the bottom right: the last query sees the last key.
+    pub fn causal(mut self) -> Self {
+        self.band.causal = true;
+        self
+    }
+
+    /// Query `i` sees keys `i − left … i + right` (after bottom-right alignment): `left` and `right` count neighbours,
+    /// not the query's own key.
+    pub fn window(mut self, left: usize, right: usize) -> Self {
+        self.band.left = neighbours(left);
+        self.band.right = neighbours(right);
+        self.empty_window = false;
+        self
+    }
+
+    /// Causal order and a window of `keys` keys, the query's own included (Mistral's convention). Must not be 0.
+    pub fn sliding_window(mut self, keys: usize) -> Self {
+        self = self.causal().window(keys.saturating_sub(1), 0);
+        self.empty_window = keys == 0;
+        self
+    }
+
+    /// The first `keys` keys stay visible outside the window (StreamingLLM). They bypass the window and nothing else.
+    pub fn visible_sinks(mut self, keys: usize) -> Self {
+        self.band.sinks = neighbours(keys);
+        self
+    }
+
+    /// Boolean mask in Burn's convention, `true` hides; each dimension that of `[B, Hq, Sq, Skv]` or 1.
+    pub fn mask(mut self, mask: Tensor<4, Bool>) -> Self {
+        self.mask = Some(mask);
+        self
+    }
+
+    /// Added to the scores; each dimension that of `[B, Hq, Sq, Skv]` or 1, dtype that of `q`. Its gradient is reduced
+    /// over the broadcast dimensions.
+    pub fn bias(mut self, bias: Tensor<4>) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// ALiBi: subtracts `slope · |i − j|` (after bottom-right alignment), a slope per query head, `[Hq]`.
+    pub fn alibi_slopes(mut self, slopes: Tensor<1>) -> Self {
+        self.alibi_slopes = Some(slopes);
+        self
+    }
+
+    /// A learned logit per query head, `[Hq]`, that stands in the softmax's denominator and has no value.
+    pub fn learned_sinks(mut self, logits: Tensor<1>) -> Self {
+        self.learned_sinks = Some(logits);
+        self
+    }
+
+    /// Keys of each batch element, `[B]`: key `j` is hidden from the whole element when `j ≥ length`. The causal
+    /// alignment stays that of the full `Skv`.
+    pub fn key_lengths(mut self, lengths: Tensor<1, Int>) -> Self {
+        self.key_lengths = Some(lengths);
+        self
+    }
+
+    /// Drops probabilities with `probability` (in `[0, 1)`), as a pure function of `seed` and the score's place: the
+    /// same on every backend, forward and backward.
+    pub fn dropout(mut self, probability: f64, seed: u64) -> Self {
+        self.dropout = Some(Dropout { probability, seed });
+        self
+    }
+
+    /// The band, or the error of a sliding window of no keys.
+    pub(crate) fn checked_band(&self) -> Result<Band, ProblemError> {
+        if self.empty_window { Err(ProblemError::EmptyWindow) } else { Ok(self.band) }
+    }
+}
+
+/// Any count beyond what positions reach is the same as no bound.
+fn neighbours(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(UNBOUNDED).min(UNBOUNDED)
+}

@@ -1,0 +1,38 @@
+//! The devices that tests run on, and how a test says that it cannot run.
+
+use burn::tensor::Device;
+#[cfg(feature = "webgpu")]
+use burn::tensor::DeviceKind;
+
+/// The native CPU.
+pub fn flex() -> Device {
+    Device::flex()
+}
+
+/// Every backend of the build that composes attention of its own operations.
+pub fn chunked() -> Vec<(&'static str, Device)> {
+    vec![
+        #[cfg(feature = "ndarray")]
+        ("ndarray", Device::ndarray()),
+    ]
+}
+
+/// The GPU of the build, a software one if need be; `None` in a build without one.
+pub fn gpu() -> Option<Device> {
+    #[cfg(feature = "cuda")]
+    return Some(Device::cuda(0));
+    #[cfg(all(feature = "webgpu", not(feature = "cuda")))]
+    return Some(Device::wgpu(DeviceKind::DefaultDevice));
+    #[cfg(not(any(feature = "cuda", feature = "webgpu")))]
+    None
+}
+
+/// Notes that a test, or a part of it, was skipped. CI compares the notes with `.ci/skips.txt`.
+pub fn skip(name: &str, reason: &str) {
+    eprintln!("skipped {name}: {reason}");
+    if let Ok(path) = std::env::var("FLASHOVER_SKIPS") {
+        use std::io::Write;
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&path).expect("FLASHOVER_SKIPS");
+        writeln!(file, "{name}: {reason}").expect("FLASHOVER_SKIPS");
+    }
+}

@@ -1,0 +1,113 @@
+//! A small causal language model over bytes.
+
+use burn::config::Config;
+use burn::module::{Initializer, Module};
+use burn::nn::loss::CrossEntropyLossConfig;
+use burn::nn::{Embedding, EmbeddingConfig};
+use burn::tensor::{Device, Int, Tensor};
+use burn::train::{InferenceStep, TrainOutput, TrainStep};
+use flashover::nn::{
+    AttentionConfig, TransformerEncoder, TransformerEncoderAutoregressiveCache, TransformerEncoderConfig,
+    TransformerEncoderInput,
+};
+
+use crate::data::Batch;
+use crate::metric::StepOutput;
+
+/// Values of a byte.
+const BYTES: usize = 256;
+
+/// The shape of a [`ByteModel`].
+#[derive(Config, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Width of the residual stream.
+    #[config(default = 128)]
+    pub d_model: usize,
+    /// Features inside the feed-forward networks.
+    #[config(default = 512)]
+    pub d_ff: usize,
+    /// Attention heads of a block; a divisor of `d_model`.
+    #[config(default = 4)]
+    pub heads: usize,
+    /// Transformer blocks.
+    #[config(default = 4)]
+    pub layers: usize,
+    /// Bytes of a training window.
+    #[config(default = 256)]
+    pub context: usize,
+}
+
+/// Byte embedding, pre-norm transformer blocks with positions by ALiBi, final norm, and a head tied to the embedding.
+#[derive(Module, Debug)]
+pub struct ByteModel {
+    embedding: Embedding,
+    trunk: TransformerEncoder,
+}
+
+/// What [`ByteModel::forward_next`] remembers of the bytes so far.
+pub type Memory = TransformerEncoderAutoregressiveCache;
+
+impl ModelConfig {
+    /// A model with random weights.
+    pub fn init(&self, device: &Device) -> ByteModel {
+        // Small, because the head shares the weights: logits start near 0, the loss near ln 256.
+        let normal = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let attention = AttentionConfig::new().with_causal(true).with_alibi(true);
+        ByteModel {
+            embedding: EmbeddingConfig::new(BYTES, self.d_model).with_initializer(normal).init(device),
+            trunk: TransformerEncoderConfig::new(self.d_model, self.d_ff, self.heads, self.layers)
+                .with_dropout(0.0)
+                .with_attention(attention)
+                .init(device),
+        }
+    }
+}
+
+impl ByteModel {
+    /// Logits of the next byte, `[B, S, 256]`, of bytes `[B, S]`.
+    pub fn forward(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
+        let x = self.embedding.forward(bytes);
+        self.head(self.trunk.forward(TransformerEncoderInput::new(x)))
+    }
+
+    /// [`forward`](Self::forward) of bytes that follow those in `memory`, which then holds them too.
+    pub fn forward_next(&self, bytes: Tensor<2, Int>, memory: &mut Memory) -> Tensor<3> {
+        let x = self.embedding.forward(bytes);
+        self.head(self.trunk.forward_autoregressive(x, memory))
+    }
+
+    /// A memory of no bytes.
+    pub fn new_memory(&self) -> Memory {
+        self.trunk.new_autoregressive_cache()
+    }
+
+    fn head(&self, x: Tensor<3>) -> Tensor<3> {
+        x.matmul(self.embedding.weight.val().transpose().unsqueeze())
+    }
+
+    fn loss(&self, batch: Batch) -> StepOutput {
+        let [b, s] = batch.inputs.dims();
+        let logits = self.forward(batch.inputs).reshape([b * s, BYTES]);
+        let loss = CrossEntropyLossConfig::new().init(&logits.device());
+        StepOutput { loss: loss.forward(logits, batch.targets.reshape([b * s])), bytes: b * s }
+    }
+}
+
+impl TrainStep for ByteModel {
+    type Input = Batch;
+    type Output = StepOutput;
+
+    fn step(&self, batch: Batch) -> TrainOutput<StepOutput> {
+        let output = self.loss(batch);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl InferenceStep for ByteModel {
+    type Input = Batch;
+    type Output = StepOutput;
+
+    fn step(&self, batch: Batch) -> StepOutput {
+        self.loss(batch)
+    }
+}

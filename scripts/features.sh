@@ -1,0 +1,3 @@
+# The one set of flags and features of tests, clippy and docs, so that Burn is compiled once. Sourced, not run.
+FEATURES="flashover/webgpu,flashover/fusion,flashover/ndarray"
+FLAGS=(--release --workspace --features "$FEATURES")
