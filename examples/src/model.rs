@@ -50,8 +50,8 @@ pub type Memory = TransformerEncoderAutoregressiveCache;
 impl ModelConfig {
     /// A model with random weights.
     pub fn init(&self, device: &Device) -> ByteModel {
-        // Small, because the head shares the weights: logits start near 0, the loss near ln 256.
-        let normal = Initializer::Normal { mean: 0.0, std: 0.02 };
+        // Shared by embedding and head: of this size the logits start at about 1, and so does what `embed` gives.
+        let normal = Initializer::Normal { mean: 0.0, std: (self.d_model as f64).powf(-0.5) };
         let attention = AttentionConfig::new().with_causal(true).with_alibi(true);
         ByteModel {
             embedding: EmbeddingConfig::new(BYTES, self.d_model).with_initializer(normal).init(device),
@@ -66,19 +66,22 @@ impl ModelConfig {
 impl ByteModel {
     /// Logits of the next byte, `[B, S, 256]`, of bytes `[B, S]`.
     pub fn forward(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
-        let x = self.embedding.forward(bytes);
-        self.head(self.trunk.forward(TransformerEncoderInput::new(x)))
+        let x = TransformerEncoderInput::new(self.embed(bytes));
+        self.head(self.trunk.forward(x))
     }
 
     /// [`forward`](Self::forward) of bytes that follow those in `memory`, which then holds them too.
     pub fn forward_next(&self, bytes: Tensor<2, Int>, memory: &mut Memory) -> Tensor<3> {
-        let x = self.embedding.forward(bytes);
-        self.head(self.trunk.forward_autoregressive(x, memory))
+        self.head(self.trunk.forward_autoregressive(self.embed(bytes), memory))
     }
 
     /// A memory of no bytes.
     pub fn new_memory(&self) -> Memory {
         self.trunk.new_autoregressive_cache()
+    }
+
+    fn embed(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
+        self.embedding.forward(bytes) * (self.trunk.d_model as f64).sqrt()
     }
 
     fn head(&self, x: Tensor<3>) -> Tensor<3> {

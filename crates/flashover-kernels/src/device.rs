@@ -109,12 +109,12 @@ impl DeviceLimits {
         let hardware = &properties.hardware;
         DeviceLimits {
             name: client.name().to_string(),
-            // One buffer goes to the shapes and scalars that CubeCL passes.
-            max_bindings: (hardware.max_bindings as usize).saturating_sub(1),
+            // CubeCL has already taken off the one for the shapes and scalars that it passes.
+            max_bindings: hardware.max_bindings as usize,
             max_shared_bytes: hardware.max_shared_memory_size,
             max_units: hardware.max_units_per_cube as usize,
             elements: elements.into_iter().filter(usable).collect(),
-            hardware: hardware.plane_size_max >= 16,
+            hardware: hardware.plane_size_max >= 32,
         }
     }
 }
@@ -163,7 +163,7 @@ pub enum KernelError {
         /// The operand.
         operand: &'static str,
         /// What was expected.
-        expected: String,
+        expected: &'static str,
         /// What came.
         found: String,
     },

@@ -104,8 +104,8 @@ pub fn all_pairs_cases(element: Element, max_len: usize) -> Vec<Case> {
 }
 
 /// Every mask kind × grouping of heads × pair of lengths × head dimension: 8 × 3 × 24 × 10 = 5760 problems. The
-/// pairs of lengths are each length with itself, and with another one either way round. The other factors take their levels in
-/// turn, so that each occurs, and plain problems too.
+/// pairs of lengths are each length with itself, and with another one either way round. The other factors take
+/// their levels in turn, so that each occurs, and plain problems too.
 pub fn full(element: Element) -> Vec<Problem> {
     full_cases(element).into_iter().map(|case| case.problem).collect()
 }

@@ -178,7 +178,7 @@ impl PairCoverage {
         let missing = self.missing();
         assert!(
             missing.is_empty(),
-            "{cases} cases, {spanning} of {min_length} queries and keys or more; options that never met there: {missing:?}"
+            "{cases} cases, {spanning} with {min_length} queries and keys; options that never met there: {missing:?}"
         );
     }
 }

@@ -6,15 +6,14 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
-use burn::backend::{TensorMetadata, ops::FloatTensorOps};
+use burn::backend::TensorMetadata;
 use burn_autodiff::NodeId;
 use burn_autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn_autodiff::grads::Gradients as GradientStore;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use flashover_kernels::operands::Wanted;
-use flashover_kernels::problem::Problem;
 
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat};
+use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 
 /// The operands that can be tracked, in the order in which they become parents when they are present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +35,12 @@ enum Output {
 
 #[derive(Debug, Clone)]
 struct Saved<B: Backend> {
-    problem: Problem,
+    plan: Plan,
     output: Output,
     /// One for each parent, in the same order: how the operand is retrieved (it may be recomputed by checkpointing).
     operands: Vec<(Operand, NodeId)>,
-    mask: crate::backend::MaybeBool<B>,
-    key_lengths: crate::backend::MaybeInt<B>,
+    mask: MaybeBool<B>,
+    key_lengths: MaybeInt<B>,
     o: FloatTensor<B>,
     lse: FloatTensor<B>,
 }
@@ -86,7 +85,7 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
             saved.lse,
             do_,
             dlse,
-            saved.problem,
+            saved.plan,
             wanted,
         );
         let mut gradients = [dq, dk, dv, bias, alibi_slopes, learned_sinks].map(MaybeFloat::into_option);
@@ -178,10 +177,10 @@ fn inner_extras<B: AttentionBackend, C: CheckpointStrategy>(extras: Extras<Autod
     };
     Extras {
         bias: inner(extras.bias),
-        mask: crate::backend::MaybeBool::from_option(extras.mask.into_option()),
+        mask: MaybeBool::from_option(extras.mask.into_option()),
         alibi_slopes: inner(extras.alibi_slopes),
         learned_sinks: inner(extras.learned_sinks),
-        key_lengths: crate::backend::MaybeInt::from_option(extras.key_lengths.into_option()),
+        key_lengths: MaybeInt::from_option(extras.key_lengths.into_option()),
     }
 }
 
@@ -191,20 +190,20 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> FloatTensor<Self> {
         let tracked = Tracked::<B, C>::new(q.clone(), k.clone(), v.clone(), &extras);
         let extras = inner_extras(extras);
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
         if !tracked.any() {
-            let o = B::flashover_forward(q, k, v, extras, problem);
+            let o = B::flashover_forward(q, k, v, extras, plan);
             return tracked.record_any(o, |_| unreachable!("nothing is tracked"));
         }
-        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), problem.clone());
+        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), plan.clone());
         let Extras { mask, key_lengths, .. } = extras;
         let kept = o.clone();
         tracked.record_any(o, |operands| Saved {
-            problem,
+            plan,
             output: Output::O,
             operands,
             mask,
@@ -219,17 +218,17 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let tracked = Tracked::<B, C>::new(q.clone(), k.clone(), v.clone(), &extras);
         let extras = inner_extras(extras);
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), problem.clone());
+        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), plan.clone());
         let Extras { mask, key_lengths, .. } = extras;
         let saved = |output| {
-            let (problem, mask, key_lengths) = (problem.clone(), mask.clone(), key_lengths.clone());
+            let (plan, mask, key_lengths) = (plan.clone(), mask.clone(), key_lengths.clone());
             let (o, lse) = (o.clone(), lse.clone());
-            move |operands| Saved { problem, output, operands, mask, key_lengths, o, lse }
+            move |operands| Saved { plan, output, operands, mask, key_lengths, o, lse }
         };
         (tracked.record_any(o.clone(), saved(Output::O)), tracked.record_any(lse.clone(), saved(Output::Lse)))
     }
@@ -243,7 +242,7 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         _lse: FloatTensor<Self>,
         _do: FloatTensor<Self>,
         _dlse: MaybeFloat<Self>,
-        _problem: Problem,
+        _plan: Plan,
         _wanted: Wanted,
     ) -> InputGradients<Self> {
         // Burn's Autodiff hands its backward steps tensors of the inner backend, so only a caller who reaches past

@@ -1,9 +1,24 @@
 //! The backend extension: what every implementation provides and how Burn routes to it.
 
+// Burn deprecates its NdArray and LibTorch backends, and the extension macro names them.
+#![allow(deprecated)]
+
 use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
 use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::Problem;
+#[cfg(feature = "cubecl-backend")]
+use flashover_kernels::select::Selection;
+
+/// What is to be computed, and by which kernel.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The validated problem.
+    pub problem: Problem,
+    /// The kernel of a CubeCL device, chosen at the boundary; `None` on other devices.
+    #[cfg(feature = "cubecl-backend")]
+    pub selection: Option<Selection>,
+}
 
 /// A float tensor that may be absent. (`Option` is not recognized by Burn's extension macros.)
 #[derive(Debug, Clone, ExtensionType)]
@@ -102,7 +117,7 @@ pub struct InputGradients<B: Backend> {
     pub learned_sinks: MaybeFloat<B>,
 }
 
-/// Attention as a backend provides it. The problem is validated and the tensors match it: [`attention`](crate::attention)
+/// Attention as a backend provides it. The plan's problem is validated and the tensors match it: [`attention`](crate::attention)
 /// has seen to that.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
@@ -115,27 +130,27 @@ pub struct InputGradients<B: Backend> {
 )]
 pub trait AttentionBackend: Backend {
     /// The output `[B, Hq, Sq, Dv]` alone.
-    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, problem: &Problem| {
-        output_spec(q, problem)
+    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, plan: &Plan| {
+        output_spec(q, &plan.problem)
     })]
     fn flashover_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> FloatTensor<Self>;
 
     /// The output and the log-sum-exp, f32 `[B, Hq, Sq]`.
-    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, problem: &Problem| {
-        (output_spec(q, problem), lse_spec(problem))
+    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, plan: &Plan| {
+        (output_spec(q, &plan.problem), lse_spec(&plan.problem))
     })]
     fn flashover_forward_lse(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// The gradients that are wanted, from the output `o`, the log-sum-exp `lse`, and their gradients.
@@ -150,7 +165,7 @@ pub trait AttentionBackend: Backend {
         lse: FloatTensor<Self>,
         do_: FloatTensor<Self>,
         #[extension_type] dlse: MaybeFloat<Self>,
-        problem: Problem,
+        plan: Plan,
         wanted: Wanted,
     ) -> InputGradients<Self>;
 }
@@ -186,7 +201,7 @@ mod specs {
         _lse: &TensorSpec,
         _do: &TensorSpec,
         _dlse: &MaybeFloatMetadata,
-        _problem: &Problem,
+        _plan: &Plan,
         wanted: &Wanted,
     ) -> InputGradientsMetadata {
         let like = |wanted: bool, spec: &TensorSpec| match wanted {

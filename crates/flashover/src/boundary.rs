@@ -5,7 +5,7 @@ use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Device, Int, IntDType, Tensor};
 use flashover_kernels::problem::{Element, Problem};
 
-use crate::backend::{AttentionBackend, Extras, MaybeBool, MaybeFloat, MaybeInt};
+use crate::backend::{AttentionBackend, Extras, MaybeBool, MaybeFloat, MaybeInt, Plan};
 use crate::{AttentionError, AttentionOptions};
 
 /// A call that is ready to be dispatched.
@@ -14,7 +14,7 @@ pub(crate) struct Prepared {
     k: Tensor<4>,
     v: Tensor<4>,
     extras: Extras<Dispatch>,
-    problem: Problem,
+    plan: Plan,
 }
 
 impl Prepared {
@@ -62,24 +62,50 @@ impl Prepared {
         problem.key_lengths = options.key_lengths.is_some();
         problem.validate()?;
         backend_is_built(&device)?;
+        let plan = plan(problem, &device)?;
         let extras = extras(options, element);
-        Ok(Prepared { q, k, v, extras, problem })
+        Ok(Prepared { q, k, v, extras, plan })
     }
 
     /// The output alone.
     pub(crate) fn forward(self) -> Tensor<4> {
-        let Prepared { q, k, v, extras, problem } = self;
+        let Prepared { q, k, v, extras, plan } = self;
         let o =
-            Dispatch::flashover_forward(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, problem);
+            Dispatch::flashover_forward(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, plan);
         Tensor::from_dispatch(o)
     }
 
     /// The output and the log-sum-exp.
     pub(crate) fn forward_lse(self) -> (Tensor<4>, Tensor<3>) {
-        let Prepared { q, k, v, extras, problem } = self;
+        let Prepared { q, k, v, extras, plan } = self;
         let (o, lse) =
-            Dispatch::flashover_forward_lse(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, problem);
+            Dispatch::flashover_forward_lse(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, plan);
         (Tensor::from_dispatch(o), Tensor::from_dispatch(lse))
+    }
+}
+
+/// Chooses the kernel of a CubeCL device.
+fn plan(problem: Problem, device: &Device) -> Result<Plan, AttentionError> {
+    #[cfg(feature = "cubecl-backend")]
+    {
+        use flashover_kernels::device::DeviceLimits;
+        use flashover_kernels::select::{KernelChoice, select};
+
+        let selection = match executing(device.as_dispatch()) {
+            DispatchDevice::Cube(device) => {
+                let limits = DeviceLimits::of(&device.client());
+                let selection = select(&problem, &limits, KernelChoice::Auto);
+                Some(selection.map_err(|error| AttentionError::Kernel(error.to_string()))?)
+            }
+            #[allow(unreachable_patterns)]
+            _ => None,
+        };
+        Ok(Plan { problem, selection })
+    }
+    #[cfg(not(feature = "cubecl-backend"))]
+    {
+        let _ = device;
+        Ok(Plan { problem })
     }
 }
 
@@ -149,14 +175,6 @@ fn runs_f64(device: &DispatchDevice) -> bool {
 
 /// Other crates of a build can turn on Burn backends that flashover was not built for: Burn's dispatch would panic.
 fn backend_is_built(device: &Device) -> Result<(), AttentionError> {
-    #[allow(unreachable_patterns)]
-    match device.as_dispatch() {
-        // Without flashover's `autodiff`, a tracked tensor has nowhere to go.
-        #[cfg(feature = "autodiff")]
-        DispatchDevice::Autodiff(_) => (),
-        other => return execution_backend_is_built(device, other),
-    }
-    #[allow(unreachable_code)]
     execution_backend_is_built(device, executing(device.as_dispatch()))
 }
 

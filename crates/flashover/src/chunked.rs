@@ -7,7 +7,7 @@ use burn::tensor::{BoolDType, FloatDType, IntDType, Shape, Slice, TensorData};
 use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
 
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat};
+use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
 
 /// Queries of a chunk: a chunk's scores are `[B, Hq, CHUNK, Skv]`.
 const CHUNK: usize = 64;
@@ -25,9 +25,9 @@ macro_rules! chunked_backend {
                 k: FloatTensor<Self>,
                 v: FloatTensor<Self>,
                 extras: Extras<Self>,
-                problem: Problem,
+                plan: Plan,
             ) -> FloatTensor<Self> {
-                forward::<Self>(q, k, v, extras, &problem).0
+                forward::<Self>(q, k, v, extras, &plan.problem).0
             }
 
             fn flashover_forward_lse(
@@ -35,9 +35,9 @@ macro_rules! chunked_backend {
                 k: FloatTensor<Self>,
                 v: FloatTensor<Self>,
                 extras: Extras<Self>,
-                problem: Problem,
+                plan: Plan,
             ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-                forward::<Self>(q, k, v, extras, &problem)
+                forward::<Self>(q, k, v, extras, &plan.problem)
             }
 
             fn flashover_backward(
@@ -49,10 +49,10 @@ macro_rules! chunked_backend {
                 lse: FloatTensor<Self>,
                 do_: FloatTensor<Self>,
                 dlse: MaybeFloat<Self>,
-                problem: Problem,
+                plan: Plan,
                 wanted: Wanted,
             ) -> InputGradients<Self> {
-                let composition = Composition::<Self>::new(q, k, v, extras, &problem);
+                let composition = Composition::<Self>::new(q, k, v, extras, &plan.problem);
                 composition.backward(o, lse, do_, dlse.into_option(), wanted)
             }
         }
@@ -62,7 +62,6 @@ macro_rules! chunked_backend {
 chunked_backend! {
     "ndarray" => burn::backend::NdArray,
     "tch" => burn::backend::LibTorch,
-    "cubecl-backend" => burn_cubecl::CubeBackend,
 }
 
 #[cfg(all(feature = "remote", not(feature = "fusion")))]

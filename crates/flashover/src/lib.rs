@@ -7,7 +7,10 @@ mod options;
 
 #[cfg(feature = "autodiff")]
 mod autodiff;
+#[cfg(any(feature = "ndarray", feature = "tch", feature = "remote"))]
 mod chunked;
+#[cfg(feature = "cubecl-backend")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 
@@ -16,7 +19,7 @@ pub mod nn;
 
 use burn::tensor::Tensor;
 
-pub use backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt};
+pub use backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 pub use error::AttentionError;
 pub use flashover_kernels as kernels;
 pub use options::AttentionOptions;

@@ -8,8 +8,7 @@ use cubecl::prelude::*;
 use super::element::{Flags, Numbers, head_of};
 use super::gradient::{Side, score_gradients, statistics};
 use super::tile::{
-    HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, product_scores, product_values, store_lanes, store_weights,
-    unit_place,
+    LANES, PIECE, TileConfig, V4, head_rows, product_scores, product_values, store_lanes, store_weights, unit_place,
 };
 use super::walk::{key_tiles, query_tiles, tile_is_full};
 
@@ -23,7 +22,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     d_o: &Tensor<E>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &mut [u32],
-    mut dq: ComptimeOption<&mut [E]>,
+    mut dq: ComptimeOption<Box<[E]>>,
     n: Numbers,
     #[comptime] flags: Flags,
     #[comptime] with_dq: bool,
@@ -60,7 +59,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     }
     let words = ComptimeOption::new_Some(&*scratch);
     let at = head_of::<E>(b, h, words, bias, n, flags);
-    let stats = statistics(i0 + ty, tile.row_units, at, scratch, n, flags);
+    let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n, flags);
 
     let walk = key_tiles(i0, at.keys, n, tile);
     for t in 0..walk.sink_tiles + walk.window_tiles {
@@ -69,7 +68,20 @@ pub(crate) fn backward_queries_kernel<E: Float>(
         product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
         product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
         slope += score_gradients::<E>(
-            &mut s, &mut dp, &stats, i0 + ty, j0 + tx, full, at, words, bias, n, true, Side::Queries, flags, tile,
+            &mut s,
+            &mut dp,
+            &stats,
+            i0 + ty,
+            j0 + tx,
+            full,
+            at,
+            words,
+            bias,
+            n,
+            true,
+            Side::Queries,
+            flags,
+            tile,
         );
         if with_dq {
             store_weights(&dp, &mut weights, tile);
@@ -98,7 +110,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
         if UNIT_POS == 0 {
             let mut sum = 0.0f32;
             for unit in 0..tile.units() {
-                sum += weights[unit].extract(0);
+                sum += weights[unit].extract(0usize);
             }
             scratch[n.partials_at + cube] = u32::reinterpret(sum);
         }
@@ -115,8 +127,8 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     d_o: &Tensor<E>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
-    mut dk: ComptimeOption<&mut [E]>,
-    mut dv: ComptimeOption<&mut [E]>,
+    mut dk: ComptimeOption<Box<[E]>>,
+    mut dv: ComptimeOption<Box<[E]>>,
     n: Numbers,
     #[comptime] flags: Flags,
     #[comptime] with_dk: bool,
@@ -172,7 +184,20 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 product_scores::<E>(v, v_rows, j0, d_o, do_rows, i0, &mut dp, &mut stage, tile);
             }
             score_gradients::<E>(
-                &mut s, &mut dp, &stats, i0 + tx, j0 + ty, full, at, words, bias, n, true, Side::Keys, flags, tile,
+                &mut s,
+                &mut dp,
+                &stats,
+                i0 + tx,
+                j0 + ty,
+                full,
+                at,
+                words,
+                bias,
+                n,
+                true,
+                Side::Keys,
+                flags,
+                tile,
             );
             if with_dv {
                 store_weights(&s, &mut weights, tile);

@@ -64,7 +64,6 @@ pub(crate) fn statistics(
 ///
 /// `i` and `j` are this unit's first query and key. Returns the unit's share of the slope's gradient (0 without ALiBi).
 #[cube]
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn score_gradients<E: Float>(
     s: &mut Array<f32>,
     dp: &mut Array<f32>,

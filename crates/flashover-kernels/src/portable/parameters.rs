@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::element::{Flags, Numbers, head_of};
 use super::gradient::{Side, score_gradients, statistics};
-use super::tile::{HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, product_scores, store_weights, unit_place};
+use super::tile::{HIDDEN, PIECE, TileConfig, V4, head_rows, product_scores, store_weights, unit_place};
 use super::walk::{tile_is_empty, tile_is_full};
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
@@ -90,8 +90,20 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
                     product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
                     product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
                     score_gradients::<E>(
-                        &mut s, &mut dp, &stats, i0 + ty, j0 + tx, full, at, words, biases, n, false, Side::Queries,
-                        flags, tile,
+                        &mut s,
+                        &mut dp,
+                        &stats,
+                        i0 + ty,
+                        j0 + tx,
+                        full,
+                        at,
+                        words,
+                        biases,
+                        n,
+                        false,
+                        Side::Queries,
+                        flags,
+                        tile,
                     );
                     #[unroll(tile.unroll)]
                     for e in 0..PIECE {

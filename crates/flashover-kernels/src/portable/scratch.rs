@@ -5,8 +5,8 @@
 
 use cubecl::prelude::*;
 
-use super::Launcher;
 use super::element::Numbers;
+use super::launch::{Launcher, SUM_UNITS};
 use crate::device::DeviceTensor;
 use crate::operands::Operands;
 use crate::problem::Problem;
@@ -69,14 +69,13 @@ pub(crate) fn build(
         (problem.key_lengths.then_some(operands.key_lengths.as_ref()).flatten(), layout.lengths),
     ] {
         let Some(source) = source.filter(|source| source.elements() > 0) else { continue };
-        let units = 32;
-        launcher.note("copy", String::new(), 2, 0, units, 0);
+        launcher.note_small("copy", 2, 0);
         // SAFETY: the kernel reads `elements` elements of `source` and writes as many words from `at` on.
         unsafe {
             copy_words::launch_unchecked(
                 launcher.client,
-                launcher.cubes(source.elements().div_ceil(units)),
-                CubeDim::new_1d(units as u32),
+                launcher.cubes(source.elements().div_ceil(SUM_UNITS)),
+                CubeDim::new_1d(SUM_UNITS as u32),
                 source.address_type().max(scratch.address_type()),
                 source.arg(),
                 scratch.buffer(),
@@ -88,15 +87,14 @@ pub(crate) fn build(
     if let (Some(shape), Some(mask)) = (problem.mask, &operands.mask)
         && mask.elements() > 0
     {
-        let units = 64;
         let words = layout.words - layout.mask;
-        launcher.note("pack_mask", String::new(), 2, 0, units, layout.bytes());
+        launcher.note_small("pack_mask", 2, 0);
         // SAFETY: the kernel stops at `words` words and tests keys against the mask's own shape.
         unsafe {
             pack_mask::launch_unchecked(
                 launcher.client,
-                launcher.cubes(words.div_ceil(units)),
-                CubeDim::new_1d(units as u32),
+                launcher.cubes(words.div_ceil(SUM_UNITS)),
+                CubeDim::new_1d(SUM_UNITS as u32),
                 mask.address_type().max(scratch.address_type()),
                 mask.arg(),
                 scratch.buffer(),

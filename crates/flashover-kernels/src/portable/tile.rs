@@ -38,6 +38,13 @@ pub struct TileConfig {
 }
 
 impl TileConfig {
+    /// 64×32 on 128 units: the tile for GPUs.
+    pub const LARGE: TileConfig = TileConfig { row_units: 16, col_units: 8, depth: 16, unroll: true };
+    /// 32×32 on 64 units: fewer queries, or fewer units.
+    pub const SMALL: TileConfig = TileConfig { row_units: 8, col_units: 8, depth: 16, unroll: true };
+    /// 32×32 on 64 units for software GPUs, whose compilers choke on unrolled loops.
+    pub const SOFTWARE: TileConfig = TileConfig { unroll: false, ..TileConfig::SMALL };
+
     /// Rows of the tile.
     pub const fn rows(&self) -> usize {
         LANES * self.row_units

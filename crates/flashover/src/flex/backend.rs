@@ -9,7 +9,7 @@ use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
 
 use super::{Float, Inputs, View, backward, forward};
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat};
+use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
 
 /// Calls `$function::<T>` with the storage type `T` of an element type.
 macro_rules! with_storage_type {
@@ -29,10 +29,10 @@ impl AttentionBackend for Flex {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> FloatTensor<Self> {
         let operands = Stored::new(q, k, v, extras);
-        with_storage_type!(problem.element, run_forward(&operands, &problem, false)).0
+        with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, false)).0
     }
 
     fn flashover_forward_lse(
@@ -40,10 +40,10 @@ impl AttentionBackend for Flex {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        problem: Problem,
+        plan: Plan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let operands = Stored::new(q, k, v, extras);
-        let (o, lse) = with_storage_type!(problem.element, run_forward(&operands, &problem, true));
+        let (o, lse) = with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, true));
         (o, lse.expect("the log-sum-exp was asked for"))
     }
 
@@ -56,12 +56,12 @@ impl AttentionBackend for Flex {
         lse: FloatTensor<Self>,
         do_: FloatTensor<Self>,
         dlse: MaybeFloat<Self>,
-        problem: Problem,
+        plan: Plan,
         wanted: Wanted,
     ) -> InputGradients<Self> {
         let operands = Stored::new(q, k, v, extras);
         let saved = SavedTensors { o, lse: contiguous(lse), do_, dlse: dlse.into_option().map(contiguous) };
-        with_storage_type!(problem.element, run_backward(&operands, &saved, &problem, wanted))
+        with_storage_type!(plan.problem.element, run_backward(&operands, &saved, &plan.problem, wanted))
     }
 }
 

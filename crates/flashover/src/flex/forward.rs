@@ -278,10 +278,13 @@ impl<R: Real> Softmax<R> {
             let stays = top.iter().zip(m.iter()).fold(true, |stays, (top, m)| stays & (top == m));
             *m = top;
             for s in s.chunks_exact_mut(columns) {
-                for ((s, &pivot), sum) in lanes(s, c).iter_mut().zip(&pivot).zip(&mut sum) {
-                    *s = (*s - pivot).exp::<S>();
-                    *sum += *s;
+                let out = lanes(s, c);
+                let mut p = *out;
+                for ((p, &pivot), sum) in p.iter_mut().zip(&pivot).zip(&mut sum) {
+                    *p = (*p - pivot).exp::<S>();
+                    *sum += *p;
                 }
+                *out = p;
             }
             for ((l, &rescale), sum) in l.iter_mut().zip(rescale.iter()).zip(sum) {
                 *l = if stays { *l + sum } else { *l * rescale + sum };

@@ -19,7 +19,7 @@ use pulp::{Simd, WithSimd};
 
 use super::context::{Context, HeadDropout, Tile};
 use super::gemm::{Left, Right, Shape, product, product_where};
-use super::real::{Float, Real, padded};
+use super::real::{Float, PAD, Real, padded};
 use super::tiles::{Rows, all_finite, rows, rows_scratch, transpose};
 use super::view::View;
 
@@ -172,9 +172,9 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         product(simd, (ds, BK), do_.left(), keys.vt, Shape { k: problem.value_dim, ..shape }, false);
     }
     let dropout = problem.dropout.map(|dropout| HeadDropout::new(&dropout, problem, b, h));
+    let scale = if context.has_score_functions() { T::Compute::from_f64(1.0) } else { context.scale };
     let mut hides = kind == TileKind::Partial;
     for (r, (p, ds)) in p.chunks_exact_mut(BK).zip(ds.chunks_exact_mut(BK)).take(tile.rows).enumerate() {
-        let (p, ds) = (&mut p[..tile.keys], &mut ds[..tile.keys]);
         let i = tile.i0 + r;
         let row = (b * problem.heads_q + h) * problem.seq_q + i;
         let (lse, delta) = (saved.lse[row], saved.delta[row]);
@@ -186,16 +186,14 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         }
         if context.has_score_functions() {
             p.iter_mut().for_each(|s| *s *= context.scale);
-            context.score_row::<S>(p, slope_of_cap, tile, i);
-            p.iter_mut().for_each(|s| *s = (*s - lse).exp::<S>());
-        } else {
-            p.iter_mut().for_each(|s| *s = s.mul_add::<S>(context.scale, -lse).exp::<S>());
+            context.score_row::<S>(&mut p[..tile.keys], slope_of_cap, tile, i);
         }
-        if let Some(dropout) = dropout {
-            drop_row(p, ds, &dropout, i, tile.j0, delta);
-        } else if with_ds {
-            p.iter().zip(ds.iter_mut()).for_each(|(&p, ds)| *ds = p * (*ds - delta));
+        let vectors = ..padded(tile.keys);
+        match dropout {
+            None => plain_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta),
+            Some(dropout) => drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta, (&dropout, i, tile.j0)),
         }
+        let (p, ds) = (&mut p[..tile.keys], &mut ds[..tile.keys]);
         if kind == TileKind::Partial {
             context.hide_row(p, ds, tile, i);
         }
@@ -218,12 +216,34 @@ pub(super) struct GradientTile<'x, R> {
     hides: bool,
 }
 
-/// ds and p of a row under dropout.
+/// `p = exp(scale · s − lse)` and `ds = p ∘ (dp − delta)`, where s and dp stood. Vectors at a time: the rows are padded
+/// by elements that nobody reads.
 #[inline(always)]
-fn drop_row<R: Real>(p: &mut [R], ds: &mut [R], dropout: &HeadDropout, i: usize, j0: usize, delta: R) {
+fn plain_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], scale: R, lse: R, delta: R) {
+    for (p_out, ds_out) in p.as_chunks_mut::<PAD>().0.iter_mut().zip(ds.as_chunks_mut::<PAD>().0) {
+        let (mut p, mut ds) = (*p_out, *ds_out);
+        for (p, ds) in p.iter_mut().zip(&mut ds) {
+            *p = p.mul_add::<S>(scale, -lse).exp::<S>();
+            *ds = *p * (*ds - delta);
+        }
+        (*p_out, *ds_out) = (p, ds);
+    }
+}
+
+/// As [`plain_row`], with dropout's multiplier on dp and then on p; the row is query `i` and the keys from `j0` on.
+#[inline(always)]
+fn drop_row<R: Real, S: Simd>(
+    p: &mut [R],
+    ds: &mut [R],
+    scale: R,
+    lse: R,
+    delta: R,
+    (dropout, i, j0): (&HeadDropout, usize, usize),
+) {
     let (row, factor) = (dropout.row(i), R::from_f64(dropout.factor));
     for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
         let multiplier = if dropout.keeps(row, HeadDropout::key(j0 + j)) { factor } else { R::default() };
+        *p = p.mul_add::<S>(scale, -lse).exp::<S>();
         *ds = *p * (*ds * multiplier - delta);
         *p = *p * multiplier;
     }

@@ -167,10 +167,9 @@ impl Attention {
             let units = rows.equal(columns.reshape([1, 1, 1, n])).float().cast(q.dtype());
             attend(q.clone(), k.clone(), units.expand([batch, heads, keys, n]), &options)
         };
-        let blocks: Vec<_> = (0..keys).step_by(MAX_HEAD_DIM).map(block).collect();
-        let weights = match blocks.is_empty() {
-            true => Tensor::zeros([batch, heads_q, queries, 0], (&device, q.dtype())),
-            false => Tensor::cat(blocks, 3),
+        let weights = match batch * queries * keys {
+            0 => Tensor::zeros([batch, heads_q, queries, keys], (&device, q.dtype())),
+            _ => Tensor::cat((0..keys).step_by(MAX_HEAD_DIM).map(block).collect(), 3),
         };
         (attend(q, k, v, &options), weights)
     }

@@ -46,7 +46,7 @@ use burn::tensor::{Tensor, assert_shape};
 /// Projects `[B, S, _]` to heads, `[B, heads, S, dim]`.
 fn project(x: Tensor<3>, linear: &Linear, heads: usize, dim: usize) -> Tensor<4> {
     let [batch, length, _] = x.dims();
-    let x = linear.forward(x);
+    let x = apply(linear, x);
     assert_shape!(x, [_, _, heads * dim]);
     x.reshape([batch, length, heads, dim]).swap_dims(1, 2)
 }
@@ -54,5 +54,13 @@ fn project(x: Tensor<3>, linear: &Linear, heads: usize, dim: usize) -> Tensor<4>
 /// Lays heads `[B, heads, S, dim]` side by side and projects them.
 fn merge(o: Tensor<4>, linear: &Linear) -> Tensor<3> {
     let [batch, heads, length, dim] = o.dims();
-    linear.forward(o.swap_dims(1, 2).reshape([batch, length, heads * dim]))
+    apply(linear, o.swap_dims(1, 2).reshape([batch, length, heads * dim]))
+}
+
+/// The layer, also for an empty batch: there burn-flex 0.22.1 multiplies a matrix that does not exist.
+fn apply(linear: &Linear, x: Tensor<3>) -> Tensor<3> {
+    match x.dims() {
+        [0, length, _] => Tensor::zeros([0, length, linear.weight.dims()[1]], (&x.device(), x.dtype())),
+        _ => linear.forward(x),
+    }
 }

@@ -1,0 +1,233 @@
+//! What each launch costs, computed on the host from the problem alone: the same launches, in the same order, with the
+//! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
+
+use crate::mask::Band;
+use crate::operands::Wanted;
+use crate::portable::{self, TileConfig};
+use crate::problem::Problem;
+
+/// Cost of one launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// Floating point operations of its matrix products, 2 a multiply-add, over the pairs of query and key that are
+    /// visible by position. Key lengths and dense masks are not known on the host and count as visible.
+    pub flops: u64,
+    /// Bytes that must move between memory and chip: every operand and result once.
+    pub hbm_bytes: u64,
+    /// Storage buffers that it binds.
+    pub bindings: usize,
+    /// Shared memory of a cube, in bytes.
+    pub shared_bytes: usize,
+    /// Units of a cube.
+    pub units: usize,
+    /// Bytes of the scratch buffer, which the launches of one call share.
+    pub scratch_bytes: usize,
+}
+
+/// Pairs of query and key that are visible by position, over all batch elements and query heads.
+pub fn visible_pairs(problem: &Problem) -> u64 {
+    let Problem { batch, heads_q, seq_q, seq_kv, .. } = *problem;
+    let keys = |i: usize| visible_keys(&problem.band, i as i32 + problem.alignment(), seq_kv as i32);
+    let pairs: u64 = (0..seq_q).map(keys).sum();
+    pairs * (batch * heads_q) as u64
+}
+
+/// Keys that the query at `a` sees: those of its window, and the sinks before it.
+fn visible_keys(band: &Band, a: i32, seq_kv: i32) -> u64 {
+    let (ahead, left, right, sinks) = band.scalars();
+    let end = (a + right.min(ahead) + 1).clamp(0, seq_kv);
+    let start = (a - left).clamp(0, end);
+    let sinks = sinks.min(a + ahead + 1).clamp(0, seq_kv);
+    // Sinks that also lie in the window count once.
+    let both = (sinks.min(end) - start).max(0);
+    (end - start + sinks - both) as u64
+}
+
+/// Launches of [`portable::forward`].
+pub fn portable_forward(problem: &Problem, tile: TileConfig, with_lse: bool) -> Vec<Cost> {
+    if problem.is_empty() {
+        return Vec::new();
+    }
+    let model = Model::new(problem, tile, 0, false);
+    let mut costs = model.fill();
+    let written = model.o + if with_lse { model.statistic } else { 0 };
+    let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
+    let bindings = 4 + model.bias_bound + model.scratch_bound + usize::from(with_lse);
+    costs.push(model.tiled("forward", model.products(1, 1), bytes, bindings));
+    costs
+}
+
+/// Launches of [`portable::backward`]; `with_dlse` if the loss depends on the log-sum-exp.
+pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
+    let Wanted { q, k, v, .. } = wanted;
+    let slopes = wanted.alibi_slopes && problem.alibi;
+    let sinks = wanted.learned_sinks && problem.learned_sinks;
+    let bias = wanted.bias && problem.bias.is_some();
+    let scores = !problem.is_empty() && problem.seq_kv > 0;
+    if problem.is_empty() || !(sinks || scores && (q || k || v || slopes || bias)) {
+        return Vec::new();
+    }
+    let tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(tile.rows());
+    let model = Model::new(problem, tile, if slopes { tiles } else { 0 }, true);
+    let mut costs = model.fill();
+    let statistics = 2 * model.statistic;
+    let dlse = if with_dlse { model.statistic } else { 0 };
+    let bytes = 2 * model.o + model.statistic + dlse + statistics;
+    costs.push(model.small("row_statistics", bytes, 4 + usize::from(with_dlse), 0));
+    if scores {
+        let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
+        let heads = (problem.heads_q * size_of::<f32>()) as u64;
+        let partials = (tiles * size_of::<f32>()) as u64;
+        if q || slopes {
+            let written = if q { model.q } else { 0 } + if slopes { partials } else { 0 };
+            let bindings = 5 + model.bias_bound + usize::from(q);
+            let flops = model.products(1 + u64::from(q), 1);
+            costs.push(model.tiled("backward_queries", flops, read + written, bindings));
+        }
+        if slopes {
+            costs.push(model.small("backward_slopes", partials + heads, 2, portable::SUM_UNITS * size_of::<f32>()));
+        }
+        for (k, v) in if portable::keys_fused(problem) { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
+            if k || v {
+                let written = if k { model.k } else { 0 } + if v { model.v } else { 0 };
+                let unread = if k { 0 } else { model.v };
+                let bindings = 4 + 2 * usize::from(k) + usize::from(v) + model.bias_bound;
+                let flops = model.products(1 + u64::from(k), u64::from(k) + u64::from(v));
+                costs.push(model.tiled("backward_keys", flops, read + written - unread, bindings));
+            }
+        }
+        if bias {
+            costs.push(model.tiled("backward_bias", model.products(1, 1), read + model.bias, 7));
+        }
+    }
+    if sinks {
+        let bytes = statistics + 2 * (problem.heads_q * size_of::<f32>()) as u64;
+        costs.push(model.small("backward_sinks", bytes, 2, portable::SUM_UNITS * size_of::<f32>()));
+    }
+    costs
+}
+
+/// Sizes of a problem's tensors in bytes, and what its launches share.
+struct Model<'a> {
+    problem: &'a Problem,
+    tile: TileConfig,
+    pairs: u64,
+    q: u64,
+    k: u64,
+    v: u64,
+    o: u64,
+    /// A statistic of every row.
+    statistic: u64,
+    bias: u64,
+    bias_bound: usize,
+    scratch_bound: usize,
+    scratch_bytes: usize,
+}
+
+impl<'a> Model<'a> {
+    fn new(problem: &'a Problem, tile: TileConfig, partials: usize, statistics: bool) -> Self {
+        let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, head_dim, value_dim, .. } = *problem;
+        let bytes = |elements: usize| (elements * problem.element.bytes()) as u64;
+        let bias = problem.bias.filter(|_| seq_kv > 0);
+        let scratch_bytes = portable::scratch_bytes(problem, statistics, partials);
+        Model {
+            problem,
+            tile,
+            pairs: visible_pairs(problem),
+            q: bytes(batch * heads_q * seq_q * head_dim),
+            k: bytes(batch * heads_kv * seq_kv * head_dim),
+            v: bytes(batch * heads_kv * seq_kv * value_dim),
+            o: bytes(batch * heads_q * seq_q * value_dim),
+            statistic: (batch * heads_q * seq_q * size_of::<f32>()) as u64,
+            bias: bytes(bias.map_or(0, |shape| shape.iter().product())),
+            bias_bound: usize::from(bias.is_some()),
+            scratch_bound: usize::from(scratch_bytes > 0),
+            scratch_bytes,
+        }
+    }
+
+    /// Operations of `d` products over the head dimension and `dv` over the value dimension.
+    fn products(&self, d: u64, dv: u64) -> u64 {
+        2 * self.pairs * (d * self.problem.head_dim as u64 + dv * self.problem.value_dim as u64)
+    }
+
+    /// Words of per-head numbers, key lengths and packed mask, in bytes.
+    fn shared_words(&self) -> u64 {
+        portable::scratch_bytes(self.problem, false, 0) as u64
+    }
+
+    /// Launches that fill the scratch buffer from operands.
+    fn fill(&self) -> Vec<Cost> {
+        let Problem { batch, heads_q, alibi, learned_sinks, key_lengths, .. } = *self.problem;
+        let word = size_of::<u32>();
+        let mut costs = Vec::new();
+        for (on, words) in [(alibi, heads_q), (learned_sinks, heads_q), (key_lengths, batch)] {
+            if on {
+                costs.push(self.small("copy", (2 * words * word) as u64, 2, 0));
+            }
+        }
+        if let Some(shape) = self.problem.mask.filter(|_| self.problem.seq_kv > 0) {
+            // Booleans are one byte or four, as the backend stores them; one is counted.
+            let elements: usize = shape.iter().product();
+            let words: usize = shape[..3].iter().product::<usize>() * shape[3].div_ceil(32);
+            costs.push(self.small("pack_mask", (elements + words * word) as u64, 2, 0));
+        }
+        costs
+    }
+
+    fn tiled(&self, kernel: &'static str, flops: u64, hbm_bytes: u64, bindings: usize) -> Cost {
+        let Model { tile, scratch_bytes, .. } = *self;
+        let (shared_bytes, units) = (tile.shared_bytes(), tile.units());
+        Cost { kernel, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+    }
+
+    /// A kernel without matrix products.
+    fn small(&self, kernel: &'static str, hbm_bytes: u64, bindings: usize, shared_bytes: usize) -> Cost {
+        let (units, scratch_bytes) = (portable::SUM_UNITS, self.scratch_bytes);
+        Cost { kernel, flops: 0, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mask::UNBOUNDED;
+    use crate::problem::Element;
+
+    #[test]
+    fn visible_pairs_are_those_that_the_band_allows() {
+        for causal in [false, true] {
+            for left in [0, 2, UNBOUNDED] {
+                for right in [0, 3, UNBOUNDED] {
+                    for sinks in [0, 1, 4, 20] {
+                        for (seq_q, seq_kv) in [(5, 9), (9, 5), (1, 1), (7, 0)] {
+                            let band = Band { causal, left, right, sinks };
+                            let shape = [2, 3, seq_q, 4];
+                            let keys = [2, 3, seq_kv, 4];
+                            let plain = Problem::new(shape, keys, keys, Element::F32).unwrap();
+                            let problem = Problem { band, ..plain };
+                            let pairs = (0..seq_q as i32).flat_map(|i| (0..seq_kv as i32).map(move |j| (i, j)));
+                            let seen = pairs.filter(|&(i, j)| band.allows(i + problem.alignment(), j)).count();
+                            assert_eq!(visible_pairs(&problem), 6 * seen as u64, "{band:?} {seq_q} {seq_kv}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_launched_for_nothing() {
+        let tile = TileConfig::SMALL;
+        let all = Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true };
+        let empty = Problem::new([1, 2, 0, 8], [1, 2, 4, 8], [1, 2, 4, 8], Element::F32).unwrap();
+        assert!(
+            portable_forward(&empty, tile, true).is_empty() && portable_backward(&empty, tile, all, true).is_empty()
+        );
+        let keyless = Problem::new([1, 2, 4, 8], [1, 2, 0, 8], [1, 2, 0, 8], Element::F32).unwrap();
+        assert_eq!(portable_forward(&keyless, tile, true).len(), 1);
+        assert!(portable_backward(&keyless, tile, all, true).is_empty());
+    }
+}

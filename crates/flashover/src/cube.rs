@@ -1,0 +1,149 @@
+//! The CubeCL kernels behind Burn's CubeCL backend.
+
+use burn::backend::cubecl::{dtype_to_storage_type, elem_type_to_dtype};
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::Shape;
+use burn_cubecl::kernel::untile;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, CubeDevice};
+use cubecl::client::Client;
+use flashover_kernels::device::DeviceTensor;
+use flashover_kernels::operands::{Operands, Wanted};
+use flashover_kernels::portable::{self, Outputs};
+use flashover_kernels::select::{Kernel, Selection};
+
+use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
+
+impl AttentionBackend for CubeBackend {
+    fn flashover_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        extras: Extras<Self>,
+        plan: Plan,
+    ) -> FloatTensor<Self> {
+        forward(q, k, v, extras, &plan, false).0
+    }
+
+    fn flashover_forward_lse(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        extras: Extras<Self>,
+        plan: Plan,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (o, lse) = forward(q, k, v, extras, &plan, true);
+        (o, lse.expect("the log-sum-exp was asked for"))
+    }
+
+    fn flashover_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        extras: Extras<Self>,
+        o: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        do_: FloatTensor<Self>,
+        dlse: MaybeFloat<Self>,
+        plan: Plan,
+        wanted: Wanted,
+    ) -> InputGradients<Self> {
+        let place = Place::of(&q);
+        let selection = selection(&plan);
+        let operands = operands(q, k, v, extras);
+        let outputs = Outputs {
+            o: on_device(o),
+            lse: on_device(lse),
+            do_: on_device(do_),
+            dlse: dlse.into_option().map(on_device),
+        };
+        let gradients = match selection.kernel {
+            Kernel::Portable => {
+                portable::backward(&place.client, &plan.problem, &operands, &outputs, wanted, selection.config)
+            }
+            other => unreachable!("the boundary selects no {other} kernel"),
+        };
+        let gradients = gradients.unwrap_or_else(|error| refused(&error));
+        let maybe = |x: Option<DeviceTensor>| MaybeFloat::from_option(x.map(|x| place.tensor(x)));
+        InputGradients {
+            q: maybe(gradients.q),
+            k: maybe(gradients.k),
+            v: maybe(gradients.v),
+            bias: maybe(gradients.bias),
+            alibi_slopes: maybe(gradients.alibi_slopes),
+            learned_sinks: maybe(gradients.learned_sinks),
+        }
+    }
+}
+
+fn forward(
+    q: CubeTensor,
+    k: CubeTensor,
+    v: CubeTensor,
+    extras: Extras<CubeBackend>,
+    plan: &Plan,
+    with_lse: bool,
+) -> (CubeTensor, Option<CubeTensor>) {
+    let place = Place::of(&q);
+    let selection = selection(plan);
+    let operands = operands(q, k, v, extras);
+    let outputs = match selection.kernel {
+        Kernel::Portable => {
+            portable::forward(&place.client, &plan.problem, &operands, with_lse, selection.config)
+        }
+        other => unreachable!("the boundary selects no {other} kernel"),
+    };
+    let (o, lse) = outputs.unwrap_or_else(|error| refused(&error));
+    (place.tensor(o), lse.map(|lse| place.tensor(lse)))
+}
+
+fn selection(plan: &Plan) -> &Selection {
+    plan.selection.as_ref().expect("the boundary selects a kernel for every CubeCL device")
+}
+
+fn refused(error: &flashover_kernels::device::KernelError) -> ! {
+    panic!("flashover: a call that passed the boundary was refused by its kernel: {error}")
+}
+
+/// Where results are put.
+struct Place {
+    client: Client,
+    device: CubeDevice,
+}
+
+impl Place {
+    fn of(tensor: &CubeTensor) -> Self {
+        Place { client: tensor.client.clone(), device: tensor.device.clone() }
+    }
+
+    fn tensor(&self, tensor: DeviceTensor) -> CubeTensor {
+        let dtype = elem_type_to_dtype(tensor.elem);
+        let shape = Shape::from(tensor.shape);
+        CubeTensor::new_contiguous(self.client.clone(), self.device.clone(), shape, tensor.handle, dtype)
+    }
+}
+
+fn operands(q: CubeTensor, k: CubeTensor, v: CubeTensor, extras: Extras<CubeBackend>) -> Operands<DeviceTensor> {
+    let Extras { bias, mask, alibi_slopes, learned_sinks, key_lengths } = extras;
+    Operands {
+        q: on_device(q),
+        k: on_device(k),
+        v: on_device(v),
+        bias: bias.into_option().map(on_device),
+        mask: mask.into_option().map(on_device),
+        alibi_slopes: alibi_slopes.into_option().map(on_device),
+        learned_sinks: learned_sinks.into_option().map(on_device),
+        key_lengths: key_lengths.into_option().map(on_device),
+    }
+}
+
+/// The tensor as the kernels read it: in place, whatever its strides; only storage tiles are laid out as rows first.
+fn on_device(tensor: CubeTensor) -> DeviceTensor {
+    let tensor = untile(tensor);
+    DeviceTensor {
+        shape: tensor.meta.shape().to_vec(),
+        strides: tensor.meta.strides().to_vec(),
+        elem: dtype_to_storage_type(tensor.dtype),
+        handle: tensor.handle,
+    }
+}
