@@ -68,16 +68,20 @@ pub fn flex(plan: &Plan) -> Result<Vec<Row>, String> {
 pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
     let device = Device::default();
     if device == Device::flex() {
-        return Err("suite gpu: expected a build with a GPU feature (cuda, rocm, vulkan, webgpu, metal), got Flex".into());
+        return Err(
+            "suite gpu: expected a build with a GPU feature (cuda, rocm, vulkan, webgpu, metal), got Flex".into()
+        );
     }
     let run = Run::new("gpu", format!("{device:?}"));
     let mut rows = Vec::new();
     let f16 = device.supports_dtype(burn::tensor::DType::F16);
     let elements = if f16 { vec![Element::F32, Element::F16] } else { vec![Element::F32] };
     for element in elements {
-        for (band, batch, heads, seq, dim) in
-            [(Band::causal(), 4, 16, 4096, 128), (Band::default(), 4, 16, 4096, 128), (Band::causal(), 16, 16, 1024, 128)]
-        {
+        for (band, batch, heads, seq, dim) in [
+            (Band::causal(), 4, 16, 4096, 128),
+            (Band::default(), 4, 16, 4096, 128),
+            (Band::causal(), 16, 16, 1024, 128),
+        ] {
             let case = Case::new(band, batch, heads, seq, dim, element);
             if plan.takes(&case) {
                 compare(&run, plan, &case, &device, &mut rows)?;

@@ -51,13 +51,14 @@ impl Corpus {
     /// As [`read`](Self::read); the repository must still lie where this program was built.
     pub fn own_repository(context: usize) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let root = root.canonicalize().map_err(|error| {
-            format!(
-                "text: expected this repository at {}, where this program was built: {error}; name a folder of text \
-                 with --text",
+        if !root.is_dir() {
+            return Err(format!(
+                "text: expected this repository at {}, where this program was built, found nothing; name a folder of \
+                 text with --text",
                 root.display()
             )
-        })?;
+            .into());
+        }
         let ending = |path: &Path| path.extension().is_some_and(|e| OWN_ENDINGS.iter().any(|own| e == *own));
         Self::read_filtered(&root, context, ending)
     }
@@ -67,6 +68,8 @@ impl Corpus {
             let found = if folder.exists() { "a file" } else { "nothing" };
             return Err(format!("text: expected a folder at {}, found {found}", folder.display()).into());
         }
+        let folder =
+            &folder.canonicalize().map_err(|error| format!("text: cannot read {}: {error}", folder.display()))?;
         let mut paths = Vec::new();
         list(folder, &mut paths)?;
         paths.sort();

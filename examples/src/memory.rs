@@ -1,4 +1,5 @@
-//! Peak memory, counted: on the CPU by the global allocator, on a GPU by what Burn's memory pools reserve.
+//! Peak memory, counted: on the CPU by the global allocator, on a GPU bounded by what Burn's memory pools
+//! reserve.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt;
@@ -61,7 +62,7 @@ unsafe impl GlobalAlloc for CountingAllocator {
 pub enum Counted {
     /// Bytes in use, by the global allocator.
     Allocator,
-    /// Growth of what the device's memory pools reserve, in whole pages.
+    /// An upper bound: what the device's memory pools reserve, in whole pages, less what was in use before.
     Pools,
     /// This device does not say.
     Not,
@@ -84,7 +85,7 @@ impl fmt::Display for Counted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Counted::Allocator => "bytes in use, counted by the global allocator",
-            Counted::Pools => "bytes reserved by the device's memory pools, in whole pages",
+            Counted::Pools => "at most: pages that the device's pools reserve, less what was in use",
             Counted::Not => "not counted on this device",
         })
     }
@@ -102,12 +103,12 @@ pub fn peak_extra<R>(device: &Device, work: impl FnOnce() -> R) -> (R, Option<us
             (result, Some(PEAK.load(Relaxed).saturating_sub(before)))
         }
         Counted::Pools => {
-            // Pools keep their pages: emptied first, what they reserve afterwards is the peak.
+            // Pools keep their pages: with the empty ones given back first, what they reserve afterwards held the peak.
             device.memory_cleanup();
-            let reserved = || device.memory_pool_usage().map(|usage| usage.bytes_reserved as usize);
-            let before = reserved();
+            let before = device.memory_pool_usage();
             let result = work();
-            (result, reserved().zip(before).map(|(after, before)| after.saturating_sub(before)))
+            let both = device.memory_pool_usage().zip(before);
+            (result, both.map(|(after, before)| after.bytes_reserved.saturating_sub(before.bytes_in_use) as usize))
         }
     }
 }

@@ -21,19 +21,14 @@ const BYTES: usize = 256;
 #[derive(Config, Debug, PartialEq)]
 pub struct ModelConfig {
     /// Width of the residual stream.
-    #[config(default = 128)]
     pub d_model: usize,
     /// Features inside the feed-forward networks.
-    #[config(default = 512)]
     pub d_ff: usize,
     /// Attention heads of a block; a divisor of `d_model`.
-    #[config(default = 4)]
     pub heads: usize,
     /// Transformer blocks.
-    #[config(default = 4)]
     pub layers: usize,
     /// Bytes of a training window.
-    #[config(default = 256)]
     pub context: usize,
 }
 

@@ -7,7 +7,7 @@ use crate::memory::Counted;
 pub fn header(device: &str, counted: Counted, lengths: &[usize]) -> String {
     let checked: Vec<String> = lengths.iter().map(|&length| format!("{} at {length}", checked_heads(length))).collect();
     format!(
-        "Burn 0.22.1's attention and flashover's: causal, f32, B 1, H {HEADS}, D {HEAD_DIM}, on {device}\n\
+        "Burn's own attention and flashover's: causal, f32, B 1, H {HEADS}, D {HEAD_DIM}, on {device}\n\
          time: median; memory: peak beyond the operands, results included ({counted})\n\
          error: largest |difference| of o, or of dq, dk and dv, from an f64 reference (heads of {HEADS} checked: {});\n\
          ratio: burn / flashover, above 1 where flashover is better\n\

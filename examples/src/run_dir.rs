@@ -26,13 +26,10 @@ pub struct RunConfig {
     /// Shape of the model.
     pub model: ModelConfig,
     /// Windows of a batch.
-    #[config(default = 16)]
     pub batch: usize,
     /// Batches of an epoch.
-    #[config(default = 30)]
     pub steps: usize,
     /// Highest learning rate, reached after the warm-up.
-    #[config(default = 3e-3)]
     pub learning_rate: f64,
     /// Steps over which the learning rate rises; it then falls with the square root of the step.
     #[config(default = 30)]

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use burn::grad_clipping::GradientClippingConfig;
@@ -22,7 +23,7 @@ use crate::progress::Lines;
 use crate::run_dir::RunConfig;
 
 /// Held-out windows of an epoch's validation.
-const VALID_WINDOWS: usize = 64;
+const VALID_WINDOWS: usize = 128;
 
 /// How long to train.
 #[derive(Debug, Clone, Copy)]
@@ -61,27 +62,35 @@ pub fn train(directory: &Path, config: &RunConfig, corpus: &Corpus, span: Span, 
         .with_grad_clipping(Some(GradientClippingConfig::Norm(1.0)))
         .init();
 
+    let limit = TimeLimit::new(span);
     let mut training = SupervisedTraining::new(directory, train, valid)
         .metrics((LossMetric::new(), BitsPerByte::new()))
         .num_epochs(span.from + span.epochs)
         .with_default_checkpointers()
         .with_checkpointing_strategy(KeepLastNCheckpoints::new(2))
-        .early_stopping(TimeLimit::new(span));
+        .early_stopping(limit.clone());
     if span.from > 0 {
         training = training.checkpoint(span.from);
     }
-    if !shows_terminal_display(span) {
+    if span.plain || !std::io::stdout().is_terminal() {
         training = training.renderer(Box::new(Lines::new()));
     }
     let result = training.launch(Learner::new(model, optimizer, schedule(config)?));
-    match result.error {
-        Some(error) => Err(format!("training: {error}").into()),
-        None => Ok(result.model),
+    // The terminal display gives the screen back when it is dropped.
+    drop(result.renderer);
+    if let Some(error) = result.error {
+        return Err(format!("training: {error}").into());
     }
-}
-
-fn shows_terminal_display(span: Span) -> bool {
-    !span.plain && std::io::stdout().is_terminal()
+    if let Some(epoch) = limit.stopped.get() {
+        println!(
+            "Stopped after epoch {epoch}: another would pass the time limit of {:.0} s.",
+            span.limit.as_secs_f64()
+        );
+    }
+    if let Some(interruption) = result.interrupted {
+        println!("Stopped: {}.", interruption.reason.as_deref().unwrap_or("interrupted"));
+    }
+    Ok(result.model)
 }
 
 /// Warm-up, then a decay with the square root of the step: it needs no last step, so that a resumed run goes on with it.
@@ -96,11 +105,13 @@ fn schedule(config: &RunConfig) -> Result<burn::lr_scheduler::module_lr_schedule
 struct TimeLimit {
     span: Span,
     start: Instant,
+    /// The epoch after which it stopped; clones share it.
+    stopped: Arc<OnceLock<usize>>,
 }
 
 impl TimeLimit {
     fn new(span: Span) -> Self {
-        TimeLimit { span, start: Instant::now() }
+        TimeLimit { span, start: Instant::now(), stopped: Arc::default() }
     }
 }
 
@@ -109,11 +120,7 @@ impl EarlyStoppingStrategy for TimeLimit {
         let done = (epoch - self.span.from) as u32;
         let elapsed = self.start.elapsed();
         let stop = done < self.span.epochs as u32 && elapsed + elapsed / done > self.span.limit;
-        if stop && !shows_terminal_display(self.span) {
-            let limit = self.span.limit.as_secs();
-            println!("Stopped after epoch {epoch}: another would pass the time limit of {limit} s.");
-        }
-        stop
+        stop && self.stopped.set(epoch).is_ok()
     }
 }
 

@@ -11,6 +11,8 @@ use crate::problem::Problem;
 pub struct Cost {
     /// The kernel's name.
     pub kernel: &'static str,
+    /// Its tiles; `None` for a kernel without matrix products.
+    pub tile: Option<TileConfig>,
     /// Floating point operations of its matrix products, 2 a multiply-add, over the pairs of query and key that are
     /// visible by position. Key lengths and dense masks are not known on the host and count as visible.
     pub flops: u64,
@@ -180,13 +182,13 @@ impl<'a> Model<'a> {
     fn tiled(&self, kernel: &'static str, flops: u64, hbm_bytes: u64, bindings: usize) -> Cost {
         let Model { tile, scratch_bytes, .. } = *self;
         let (shared_bytes, units) = (tile.shared_bytes(), tile.units());
-        Cost { kernel, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+        Cost { kernel, tile: Some(tile), flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
     }
 
     /// A kernel without matrix products.
     fn small(&self, kernel: &'static str, hbm_bytes: u64, bindings: usize, shared_bytes: usize) -> Cost {
         let (units, scratch_bytes) = (portable::SUM_UNITS, self.scratch_bytes);
-        Cost { kernel, flops: 0, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+        Cost { kernel, tile: None, flops: 0, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
     }
 }
 

@@ -59,7 +59,7 @@ pub fn dropout_row(seed_low: u32, seed_high: u32, head: u32, i: u32) -> u32 {
     mix(mix(h ^ i) ^ seed_high)
 }
 
-/// Whether key `j` survives in a row hashed by [`dropout_row`].
+/// Whether key `j` survives in a row hashed by [`dropout_row()`].
 #[cube]
 pub fn dropout_keeps(row: u32, j: u32, threshold: u32) -> bool {
     mix(row ^ mix(j ^ 2654435769u32)) >= threshold
@@ -113,7 +113,12 @@ mod tests {
         let keeps = |seed, b, h, i, j| Dropout { probability: 0.5, seed }.multiplier(b, h, 8, i, j) > 0.0;
         let agree = |f: &dyn Fn(u32, u32) -> (bool, bool)| {
             let pairs = (0..100).flat_map(|i| (0..100).map(move |j| (i, j)));
-            pairs.filter(|&(i, j)| { let (x, y) = f(i, j); x == y }).count()
+            pairs
+                .filter(|&(i, j)| {
+                    let (x, y) = f(i, j);
+                    x == y
+                })
+                .count()
         };
         for (name, count) in [
             ("seed", agree(&|i, j| (keeps(1, 0, 0, i, j), keeps(2, 0, 0, i, j)))),

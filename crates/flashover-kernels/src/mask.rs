@@ -56,8 +56,7 @@ impl Band {
     }
 
     pub(crate) fn validate(&self) -> Result<(), ProblemError> {
-        for (what, found) in [("window left", self.left), ("window right", self.right), ("visible sinks", self.sinks)]
-        {
+        for (what, found) in [("window left", self.left), ("window right", self.right), ("visible sinks", self.sinks)] {
             if found > UNBOUNDED {
                 return Err(ProblemError::WindowTooLarge { what, limit: UNBOUNDED, found });
             }
@@ -65,7 +64,7 @@ impl Band {
         Ok(())
     }
 
-    /// The same facts as the scalars that kernels take: `(ahead, left, right, sinks)`, see [`band_allows`].
+    /// The same facts as the scalars that kernels take: `(ahead, left, right, sinks)`, see [`band_allows()`].
     pub fn scalars(&self) -> (i32, i32, i32, i32) {
         let ahead = if self.causal { 0 } else { UNBOUNDED as i32 };
         (ahead, self.left as i32, self.right as i32, self.sinks as i32)
@@ -146,7 +145,11 @@ mod tests {
                                 for j0 in (0..16).step_by(keys as usize) {
                                     let (a1, j1) = (a0 + rows - 1, j0 + keys - 1);
                                     let kind = band.classify(a0, a1, j0, j1);
-                                    assert_eq!(kind, dense(&band, a0..=a1, j0..=j1), "{band:?} {a0}..={a1} {j0}..={j1}");
+                                    assert_eq!(
+                                        kind,
+                                        dense(&band, a0..=a1, j0..=j1),
+                                        "{band:?} {a0}..={a1} {j0}..={j1}"
+                                    );
                                     kinds[kind as usize] += 1;
                                 }
                             }

@@ -6,9 +6,9 @@
 
 use cubecl::prelude::*;
 
-/// Start of the running maximum: finite, and below every score that could matter. Differences with scores may
-/// overflow to −∞, whose exponential is the 0 that is meant.
-pub const PIVOT: f32 = -3.0e38;
+/// Start of the running maximum: the lowest finite number, which models also use to mask, so that a row of nothing else
+/// still averages. Differences with scores may overflow to −∞, whose exponential is the 0 that is meant.
+pub const PIVOT: f32 = f32::MIN;
 
 /// Running state of one query row.
 #[derive(CubeType, Debug, Clone, Copy, PartialEq)]

@@ -101,30 +101,53 @@ impl Tensors {
     }
 }
 
+impl Tensors {
+    fn gradients(&self, loss: &Tensor<1>) -> Gradients<Vec<f64>> {
+        let mut store = loss.backward();
+        let mut take = |x: &Tensor<4>| x.grad_remove(&mut store).map(vec);
+        let (q, k, v) = (take(&self.q), take(&self.k), take(&self.v));
+        let bias = self.bias.as_ref().and_then(take);
+        let mut take = |x: &Tensor<1>| x.grad_remove(&mut store).map(vec);
+        let alibi_slopes = self.alibi_slopes.as_ref().and_then(&mut take);
+        let learned_sinks = self.learned_sinks.as_ref().and_then(take);
+        Gradients { q, k, v, bias, alibi_slopes, learned_sinks }
+    }
+}
+
+fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>> {
+    let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| match (x, y) {
+        (Some(x), Some(y)) => Some(x.into_iter().zip(y).map(|(x, y)| x + y).collect()),
+        (x, y) => x.or(y),
+    };
+    Gradients {
+        q: add(x.q, y.q),
+        k: add(x.k, y.k),
+        v: add(x.v, y.v),
+        bias: add(x.bias, y.bias),
+        alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
+        learned_sinks: add(x.learned_sinks, y.learned_sinks),
+    }
+}
+
 /// Runs the case: output and log-sum-exp, and on an autodiff device the gradients; through the log-sum-exp as well if
 /// `lse_gradient`.
 pub fn run(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &Device) -> Result<Results, AttentionError> {
     let t = Tensors::new(problem, inputs, device);
     let (o, lse) = flashover::attention_with_lse(t.q.clone(), t.k.clone(), t.v.clone(), &t.options(problem))?;
-    let gradients = if device.is_autodiff() {
-        let mut loss = (o.clone() * t.do_.clone()).cast(burn::tensor::DType::F32).sum();
+    let mut gradients = Gradients::default();
+    if device.is_autodiff() {
+        // The two outputs are two nodes, whose gradients Burn would add in the element type; here they are added in f64,
+        // so that what is judged is attention's.
+        let loss = (o.clone() * t.do_.clone()).cast(burn::tensor::DType::F32).sum();
+        gradients = t.gradients(&loss);
         if lse_gradient {
             // 0 · −∞ is not 0: rows that see nothing are left out of the loss.
             let seen = lse.clone().greater_elem(f32::NEG_INFINITY);
             let zeros = Tensor::zeros(lse.shape(), device);
-            loss = loss + zeros.mask_where(seen, lse.clone() * t.dlse.clone()).sum();
+            let loss = zeros.mask_where(seen, lse.clone() * t.dlse.clone()).sum();
+            gradients = sum(gradients, t.gradients(&loss));
         }
-        let mut store = loss.backward();
-        let mut take4 = |x: &Tensor<4>| x.grad_remove(&mut store).map(vec);
-        let (q, k, v) = (take4(&t.q), take4(&t.k), take4(&t.v));
-        let bias = t.bias.as_ref().and_then(take4);
-        let mut take1 = |x: &Tensor<1>| x.grad_remove(&mut store).map(vec);
-        let alibi_slopes = t.alibi_slopes.as_ref().and_then(&mut take1);
-        let learned_sinks = t.learned_sinks.as_ref().and_then(&mut take1);
-        Gradients { q, k, v, bias, alibi_slopes, learned_sinks }
-    } else {
-        Gradients::default()
-    };
+    }
     Ok(Results { o: vec(o), lse: vec(lse), gradients })
 }
 

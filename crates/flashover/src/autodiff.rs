@@ -4,9 +4,9 @@
 //! `o` and `lse` are two nodes over the same saved state, because Burn's backward step finishes one output. A loss that
 //! uses both walks the backward twice; plain attention never makes the second node.
 
+use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
-use burn::backend::TensorMetadata;
 use burn_autodiff::NodeId;
 use burn_autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn_autodiff::grads::Gradients as GradientStore;
@@ -202,15 +202,7 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), plan.clone());
         let Extras { mask, key_lengths, .. } = extras;
         let kept = o.clone();
-        tracked.record_any(o, |operands| Saved {
-            plan,
-            output: Output::O,
-            operands,
-            mask,
-            key_lengths,
-            o: kept,
-            lse,
-        })
+        tracked.record_any(o, |operands| Saved { plan, output: Output::O, operands, mask, key_lengths, o: kept, lse })
     }
 
     fn flashover_forward_lse(

@@ -67,11 +67,15 @@ impl Prepared {
         Ok(Prepared { q, k, v, extras, plan })
     }
 
+    /// What will be computed, and by which kernel.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// The output alone.
     pub(crate) fn forward(self) -> Tensor<4> {
         let Prepared { q, k, v, extras, plan } = self;
-        let o =
-            Dispatch::flashover_forward(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, plan);
+        let o = Dispatch::flashover_forward(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, plan);
         Tensor::from_dispatch(o)
     }
 
@@ -112,9 +116,8 @@ fn plan(problem: Problem, device: &Device) -> Result<Plan, AttentionError> {
 /// The optional operands, cast to the element types that implementations expect.
 fn extras(options: &AttentionOptions, element: Element) -> Extras<Dispatch> {
     let statistic = if element == Element::F64 { DType::F64 } else { DType::F32 };
-    let float = |tensor: &Option<Tensor<1>>| {
-        MaybeFloat::from_option(tensor.clone().map(|t| t.cast(statistic).into_dispatch()))
-    };
+    let float =
+        |tensor: &Option<Tensor<1>>| MaybeFloat::from_option(tensor.clone().map(|t| t.cast(statistic).into_dispatch()));
     Extras {
         bias: MaybeFloat::from_option(options.bias.clone().map(Tensor::into_dispatch)),
         mask: MaybeBool::from_option(options.mask.clone().map(Tensor::into_dispatch)),
@@ -163,6 +166,12 @@ fn executing(device: &DispatchDevice) -> &DispatchDevice {
         DispatchDevice::Autodiff(inner) => executing(inner),
         other => other,
     }
+}
+
+/// Whether the native CPU path runs on the device.
+#[cfg(feature = "flex")]
+pub(crate) fn is_flex(device: &Device) -> bool {
+    matches!(executing(device.as_dispatch()), DispatchDevice::Flex(_))
 }
 
 fn runs_f64(device: &DispatchDevice) -> bool {

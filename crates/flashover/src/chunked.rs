@@ -105,13 +105,7 @@ struct Scores<B: Backend> {
 }
 
 impl<'a, B: Backend> Composition<'a, B> {
-    fn new(
-        q: FloatTensor<B>,
-        k: FloatTensor<B>,
-        v: FloatTensor<B>,
-        extras: Extras<B>,
-        problem: &'a Problem,
-    ) -> Self {
+    fn new(q: FloatTensor<B>, k: FloatTensor<B>, v: FloatTensor<B>, extras: Extras<B>, problem: &'a Problem) -> Self {
         let device = q.device();
         let compute = if problem.element == Element::F64 { FloatDType::F64 } else { FloatDType::F32 };
         let booleans = get_or_init_device_settings::<B>(&device).bool_dtype;
@@ -310,7 +304,8 @@ impl<'a, B: Backend> Composition<'a, B> {
         let sinks = B::float_expand(sinks, lse.shape());
         let sinks_lead = B::float_greater(sinks.clone(), lse.clone(), self.booleans);
         let m = B::float_mask_where(lse.clone(), sinks_lead, sinks.clone());
-        let sum = B::float_add(B::float_exp(B::float_sub(lse, m.clone())), B::float_exp(B::float_sub(sinks, m.clone())));
+        let sum =
+            B::float_add(B::float_exp(B::float_sub(lse, m.clone())), B::float_exp(B::float_sub(sinks, m.clone())));
         B::float_add(m, B::float_log(sum))
     }
 

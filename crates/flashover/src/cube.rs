@@ -88,9 +88,7 @@ fn forward(
     let selection = selection(plan);
     let operands = operands(q, k, v, extras);
     let outputs = match selection.kernel {
-        Kernel::Portable => {
-            portable::forward(&place.client, &plan.problem, &operands, with_lse, selection.config)
-        }
+        Kernel::Portable => portable::forward(&place.client, &plan.problem, &operands, with_lse, selection.config),
         other => unreachable!("the boundary selects no {other} kernel"),
     };
     let (o, lse) = outputs.unwrap_or_else(|error| refused(&error));

@@ -3,6 +3,7 @@
 mod backend;
 mod boundary;
 mod error;
+mod explain;
 mod options;
 
 #[cfg(feature = "autodiff")]
@@ -21,6 +22,7 @@ use burn::tensor::Tensor;
 
 pub use backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 pub use error::AttentionError;
+pub use explain::{Explanation, Step, explain};
 pub use flashover_kernels as kernels;
 pub use options::AttentionOptions;
 

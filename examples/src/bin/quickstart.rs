@@ -17,6 +17,9 @@ use examples::run_dir::{self, RunConfig};
 use examples::train::{self, Span};
 use examples::{Result, compare, plot, report, sample};
 
+/// Attention heads of a block.
+const HEADS: u32 = 4;
+
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
@@ -40,22 +43,22 @@ struct Arguments {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
     /// Batches of an epoch
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 150, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Begin no epoch that would end after so many minutes of training
-    #[arg(long, default_value_t = 3.0)]
+    #[arg(long, default_value_t = 2.5)]
     minutes: f64,
     /// Width of the model, a multiple of its 4 heads
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(4..=4096))]
     width: u32,
     /// Transformer blocks of the model
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     layers: u32,
     /// Bytes that the model sees at once
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..=65536))]
     context: u32,
     /// Windows of a batch
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
     /// Highest learning rate, reached after the warm-up
     #[arg(long, default_value_t = 3e-3)]
@@ -73,7 +76,7 @@ struct Arguments {
     #[arg(long, value_delimiter = ',', default_values_t = [256, 512, 1024, 2048, 4096])]
     lengths: Vec<usize>,
     /// Seconds that Burn's side may take for one line of the comparison; beyond, it is skipped, and says so
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 45)]
     limit: u64,
     /// Only the comparison
     #[arg(long)]
@@ -99,6 +102,11 @@ fn main() -> ExitCode {
 fn run(mut arguments: Arguments) -> Result<()> {
     let start = Instant::now();
     check(&arguments)?;
+    if let Some(name) = &arguments.device {
+        // A loaded optimizer's state lies on Burn's default device at first: make that the chosen one, too.
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("BURN_DEVICE", name) };
+    }
     let chosen = device::choose(arguments.device.as_deref())?;
     println!("Device: {}.", chosen.name);
     if arguments.smoke {
@@ -119,9 +127,8 @@ fn run(mut arguments: Arguments) -> Result<()> {
 }
 
 fn check(arguments: &Arguments) -> Result<()> {
-    let heads = RunConfig::new(String::new(), ModelConfig::new()).model.heads as u32;
-    if !arguments.width.is_multiple_of(heads) {
-        return Err(format!("--width: expected a multiple of {heads}, got {}", arguments.width).into());
+    if !arguments.width.is_multiple_of(HEADS) {
+        return Err(format!("--width: expected a multiple of {HEADS}, got {}", arguments.width).into());
     }
     if !(arguments.temperature > 0.0 && arguments.temperature.is_finite()) {
         return Err(format!("--temperature: expected a number above 0, got {}", arguments.temperature).into());
@@ -138,12 +145,13 @@ fn check(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The sizes of the small run.
+/// The sizes of the small run, in a directory of its own.
 fn smoke(arguments: Arguments) -> Arguments {
     Arguments {
+        out: arguments.out.join("smoke"),
         fresh: true,
         epochs: 2,
-        steps: 8,
+        steps: 20,
         width: 32,
         layers: 2,
         context: 64,
@@ -171,13 +179,10 @@ fn train_and_sample(arguments: &Arguments, chosen: &Chosen) -> Result<usize> {
         kib(&corpus.valid)
     );
     let width = arguments.width as usize;
-    let model = ModelConfig::new()
-        .with_d_model(width)
-        .with_d_ff(4 * width)
-        .with_layers(arguments.layers as usize)
-        .with_context(context);
+    let model = ModelConfig::new(width, 4 * width, HEADS as usize, arguments.layers as usize, context);
     let text = arguments.text.as_ref().map_or("(this repository)".into(), |_| corpus.folder.display().to_string());
-    let config = RunConfig::new(text, model).with_batch(arguments.batch as usize).with_steps(arguments.steps as usize);
+    let (batch, steps) = (arguments.batch as usize, arguments.steps as usize);
+    let config = RunConfig::new(text, model, batch, steps, arguments.learning_rate);
     let from = run_dir::open(&arguments.out, &config, arguments.fresh)?;
     let epochs = arguments.epochs as usize;
     let out = arguments.out.display();

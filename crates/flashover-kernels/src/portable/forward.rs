@@ -7,8 +7,8 @@ use cubecl::prelude::*;
 
 use super::element::{Flags, Numbers, after_dropout, head_of, row_hash, score, sees};
 use super::tile::{
-    HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, product_scores, product_values, store_lanes, store_weights,
-    unit_place,
+    HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, product_values,
+    store_lanes, store_weights, unit_place,
 };
 use super::walk::{key_tiles, tile_is_full};
 use crate::softmax::{softmax_init, softmax_init_sink, softmax_rescale};
@@ -89,7 +89,7 @@ pub(crate) fn forward_kernel<E: Float>(
             if full || sees(i, j, at, scratch, n, flags) {
                 let x = score::<E>(piece[e], i, j, at, bias, n, flags);
                 // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
-                if full || x != n.minus_infinity {
+                if full || !is_minus_infinity(x) {
                     s = x;
                     top[r] = max(top[r], x);
                 }
@@ -107,7 +107,7 @@ pub(crate) fn forward_kernel<E: Float>(
         #[unroll(tile.unroll)]
         for e in 0..PIECE {
             let (r, c) = (e % LANES, e / LANES);
-            if piece[e] != HIDDEN {
+            if !is_hidden(piece[e]) {
                 let p = (piece[e] - m[r]).exp();
                 l[r] += p;
                 piece[e] = after_dropout(p, hash[r], j0 + tx + (c * tile.col_units) as u32, n, flags);
@@ -130,7 +130,7 @@ pub(crate) fn forward_kernel<E: Float>(
         if i < n.seq_q {
             let row = head as usize * n.seq_q as usize + i as usize;
             // A row that saw nothing has l = 0, whatever its impossible keys left in the sums.
-            let seen = l[r] != 0.0f32;
+            let seen = u32::reinterpret(l[r]) != 0u32;
             let norm = select(seen, 1.0f32 / l[r], 0.0f32);
             #[unroll(tile.unroll)]
             for chunk in 0..chunks {

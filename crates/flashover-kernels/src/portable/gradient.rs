@@ -9,7 +9,7 @@
 use cubecl::prelude::*;
 
 use super::element::{Flags, Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
-use super::tile::{HIDDEN, LANES, PIECE, TileConfig};
+use super::tile::{HIDDEN, LANES, PIECE, TileConfig, is_minus_infinity};
 use crate::score::{Alibi, Position, ScoreFunction};
 
 /// Which way a tile lies.
@@ -92,11 +92,12 @@ pub(crate) fn score_gradients<E: Float>(
         let mut p = HIDDEN.runtime();
         let mut ds = HIDDEN.runtime();
         let lse = stats.lse[x];
-        if full || (lse != n.minus_infinity && sees(i, j, at, scratch, n, flags)) {
+        let dead = is_minus_infinity(lse);
+        if full || (!dead && sees(i, j, at, scratch, n, flags)) {
             let value = score::<E>(s[e], i, j, at, bias, n, flags);
             // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
-            if full || value != n.minus_infinity {
-                let weight = select(lse == n.minus_infinity, 0.0f32, (value - lse).exp());
+            if full || !is_minus_infinity(value) {
+                let weight = select(dead, 0.0f32, (value - lse).exp());
                 let d = weight * (after_dropout(dp[e], stats.hash[x], j, n, flags) - stats.delta[x]);
                 if flags.alibi {
                     let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };

@@ -5,7 +5,9 @@ use cubecl::prelude::*;
 
 use super::element::{Flags, Numbers, head_of};
 use super::gradient::{Side, score_gradients, statistics};
-use super::tile::{HIDDEN, PIECE, TileConfig, V4, head_rows, product_scores, store_weights, unit_place};
+use super::tile::{
+    PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, store_weights, unit_place,
+};
 use super::walk::{tile_is_empty, tile_is_full};
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
@@ -107,7 +109,7 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
                     );
                     #[unroll(tile.unroll)]
                     for e in 0..PIECE {
-                        sums[e] += select(dp[e] == HIDDEN, 0.0f32, dp[e]);
+                        sums[e] += select(is_hidden(dp[e]), 0.0f32, dp[e]);
                     }
                 }
             }
@@ -198,7 +200,7 @@ pub(crate) fn head_sums_kernel(
             match comptime!(what) {
                 HeadSum::Sinks => {
                     let lse = f32::reinterpret(scratch[n.lse_at + at]);
-                    if lse != n.minus_infinity {
+                    if !is_minus_infinity(lse) {
                         let sink = f32::reinterpret(scratch[n.sinks_at + h]);
                         sum -= (sink - lse).exp() * f32::reinterpret(scratch[n.delta_at + at]);
                     }

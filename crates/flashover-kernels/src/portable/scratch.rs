@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::element::Numbers;
 use super::launch::{Launcher, SUM_UNITS};
+use super::tile::is_minus_infinity;
 use crate::device::DeviceTensor;
 use crate::operands::Operands;
 use crate::problem::Problem;
@@ -170,7 +171,7 @@ pub(crate) fn row_statistics<E: Float>(
         let at_d = b * d_o.stride(0) + h * d_o.stride(1) + i * d_o.stride(2);
         let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
         let mut delta = 0.0f32;
-        if row_lse != n.minus_infinity {
+        if !is_minus_infinity(row_lse) {
             for d in 0..n.value_dim {
                 let x = f32::cast_from(o[at_o + d as usize * o.stride(3)]);
                 delta += x * f32::cast_from(d_o[at_d + d as usize * d_o.stride(3)]);

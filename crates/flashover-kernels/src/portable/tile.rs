@@ -24,6 +24,19 @@ pub(crate) const PIECE: usize = LANES * LANES;
 /// score that is not about to overflow; a NaN differs from it, so a visible NaN stays visible.
 pub(crate) const HIDDEN: f32 = f32::MAX;
 
+/// Whether a weight is [`HIDDEN`]. By its bits, as in all tests here that a NaN may meet: WGSL's comparisons of floats are
+/// free to take a NaN for any number.
+#[cube]
+pub(crate) fn is_hidden(weight: f32) -> bool {
+    u32::reinterpret(weight) == 0x7f7f_ffffu32
+}
+
+/// Whether a score or log-sum-exp is −∞.
+#[cube]
+pub(crate) fn is_minus_infinity(x: f32) -> bool {
+    u32::reinterpret(x) == 0xff80_0000u32
+}
+
 /// Sizes of a cube's tile, known when a kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TileConfig {
@@ -287,7 +300,7 @@ pub(crate) fn product_values<E: Float>(
                 let v = stage[j * tile.col_units + tx as usize];
                 #[unroll]
                 for r in 0..LANES {
-                    if w.extract(r) != HIDDEN {
+                    if !is_hidden(w.extract(r)) {
                         sums[chunk * LANES + r] += v * V4::new(w.extract(r));
                     }
                 }

@@ -17,7 +17,7 @@ use super::real::{Float, Real};
 use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
 use super::tiles::{rows, rows_scratch};
 use super::view::View;
-use super::{Inputs, bias_gradient, parallel, simd_name};
+use super::{Inputs, bias_gradient, exact_delta, parallel, simd_name};
 
 /// Queries of a task that computes dq alone.
 const QUERIES: usize = 4 * BQ;
@@ -70,7 +70,7 @@ pub fn backward<T: Float>(
         alibi_slopes: wanted.alibi_slopes.then(|| vec![T::Compute::default(); problem.heads_q]),
         learned_sinks: wanted.learned_sinks.then(|| vec![T::Compute::default(); problem.heads_q]),
     };
-    note::<T>(problem, plan(problem, wanted));
+    launch_log::note(|| launch::<T>(problem, wanted));
     if problem.is_empty() {
         return gradients;
     }
@@ -82,7 +82,10 @@ pub fn backward<T: Float>(
             &exact_lse
         }
     };
-    let delta = deltas(&context, &o, &do_, dlse);
+    let delta = match rounds_output::<T>() {
+        true => exact_delta::compute(&context, do_, lse, dlse),
+        false => deltas(&context, &o, &do_, dlse),
+    };
     let saved = Saved { do_, lse, delta: &delta };
     if let Some(sinks) = &mut gradients.learned_sinks {
         sink_gradient(&context, &saved, sinks);
@@ -127,23 +130,33 @@ fn plan(problem: &Problem, wanted: Wanted) -> Plan {
     }
 }
 
-fn note<T: Float>(problem: &Problem, plan: Plan) {
-    launch_log::note(|| {
-        let rows = problem.batch * problem.heads_q * problem.seq_q;
-        let tiles = rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes();
-        Launch {
-            kernel: "flex_backward",
-            config: format!("plan={plan:?} bq={BQ} bk={BK} simd={}", simd_name()),
-            bindings: 0,
-            shared_bytes: 0,
-            units: 0,
-            scratch_bytes: tiles + rows * size_of::<T::Compute>(),
-        }
-    });
+/// The launch that [`backward`] notes.
+pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
+    let rows = problem.batch * problem.heads_q * problem.seq_q;
+    let tiles = rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes();
+    let statistics = if rounds_output::<T>() { 2 } else { 1 };
+    Launch {
+        kernel: "flex_backward",
+        config: format!("plan={:?} bq={BQ} bk={BK} simd={}", plan(problem, wanted), simd_name()),
+        bindings: 0,
+        shared_bytes: 0,
+        units: 0,
+        scratch_bytes: tiles + statistics * rows * size_of::<T::Compute>(),
+    }
+}
+
+/// Whether `o` is stored with less precision than it is computed with.
+fn rounds_output<T: Float>() -> bool {
+    T::as_compute(&[]).is_none()
 }
 
 /// `delta_i = Σ_d do_i[d] · o_i[d] − dlse_i`.
-fn deltas<T: Float>(context: &Context<'_, T>, o: &View<'_, T>, do_: &View<'_, T>, dlse: Option<&[f32]>) -> Vec<T::Compute> {
+fn deltas<T: Float>(
+    context: &Context<'_, T>,
+    o: &View<'_, T>,
+    do_: &View<'_, T>,
+    dlse: Option<&[f32]>,
+) -> Vec<T::Compute> {
     let problem = context.problem;
     let mut delta = vec![T::Compute::default(); problem.batch * problem.heads_q * problem.seq_q];
     let arch = Arch::new();
@@ -155,7 +168,10 @@ fn deltas<T: Float>(context: &Context<'_, T>, o: &View<'_, T>, do_: &View<'_, T>
         arch.dispatch(Delta { o, do_, at, scratch, delta });
         if let Some(dlse) = dlse {
             let dlse = &dlse[head * problem.seq_q..];
-            delta.iter_mut().zip(dlse).for_each(|(delta, &dlse)| *delta = *delta - T::Compute::from_f64(f64::from(dlse)));
+            delta
+                .iter_mut()
+                .zip(dlse)
+                .for_each(|(delta, &dlse)| *delta = *delta - T::Compute::from_f64(f64::from(dlse)));
         }
     });
     delta

@@ -34,9 +34,14 @@ pub(super) fn compute<T: Float>(context: &Context<'_, T>, saved: &Saved<'_, T>, 
     }
     let arch = Arch::new();
     let work = problem.batch * problem.heads_q * problem.seq_q * problem.seq_kv * problem.head_dim;
-    parallel::for_each(tasks.into_iter(), work, || Scratch::new(problem), |scratch, task| {
-        arch.dispatch(Run { context, saved, scratch, task });
-    });
+    parallel::for_each(
+        tasks.into_iter(),
+        work,
+        || Scratch::new(problem),
+        |scratch, task| {
+            arch.dispatch(Run { context, saved, scratch, task });
+        },
+    );
 }
 
 /// Some elements of the bias and the scores that read them.

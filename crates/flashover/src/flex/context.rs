@@ -1,5 +1,6 @@
 //! A problem together with its operands: what a tile needs to know about scores and visibility.
 
+use std::hint::select_unpredictable;
 use std::ops::Range;
 
 use flashover_kernels::dropout::{Dropout, dropout_row};
@@ -9,7 +10,11 @@ use pulp::Simd;
 
 use super::Inputs;
 use super::real::{Float, Real};
+use super::tiles::{read_row, widen_row};
 use super::view::View;
+
+/// Most keys that a tile has.
+const MAX_KEYS: usize = if super::forward::BK > super::sweep::BK { super::forward::BK } else { super::sweep::BK };
 
 /// A tile of scores: queries `i0 .. i0 + rows` and keys `j0 .. j0 + keys` of query head `h` of batch element `b`.
 #[derive(Clone, Copy)]
@@ -70,6 +75,12 @@ impl<'a, T: Float> Context<'a, T> {
         self.key_lengths.map_or(all, |lengths| usize::try_from(lengths[b]).unwrap_or(0).min(all))
     }
 
+    /// End of the keys that queries up to `i` of batch element `b` may see.
+    pub fn keys_seen(&self, b: usize, i: usize) -> usize {
+        let [_, after] = keys_hidden_from(&self.problem.band, self.position(i));
+        self.keys(b).min(usize::try_from(after.start).unwrap_or(0))
+    }
+
     /// Whether scores are anything else than `scale · q·k`.
     pub fn has_score_functions(&self) -> bool {
         self.problem.softcap.is_some() || self.slopes.is_some() || self.bias.is_some()
@@ -111,10 +122,18 @@ impl<'a, T: Float> Context<'a, T> {
             }
         }
         if let Some(bias) = self.bias {
-            for i in 0..tile.rows {
-                let start = bias.index(tile.b, tile.h, tile.i0 + i, tile.j0);
-                for j in 0..tile.keys {
-                    s[j * columns + i] += bias.data()[(start + j as isize * bias.stride(3)) as usize].widen();
+            let mut row = [T::Compute::default(); MAX_KEYS];
+            if bias.stride(2) == 0 {
+                widen_row(&bias, [tile.b, tile.h, 0, tile.j0], &mut row[..tile.keys]);
+                for (s, &bias) in s.chunks_exact_mut(columns).zip(&row[..tile.keys]) {
+                    s.iter_mut().for_each(|s| *s += bias);
+                }
+            } else {
+                for i in 0..tile.rows {
+                    widen_row(&bias, [tile.b, tile.h, tile.i0 + i, tile.j0], &mut row[..tile.keys]);
+                    for (s, &bias) in s.chunks_exact_mut(columns).zip(&row[..tile.keys]) {
+                        s[i] += bias;
+                    }
                 }
             }
         }
@@ -133,12 +152,18 @@ impl<'a, T: Float> Context<'a, T> {
             s[to.max(from)..].fill(T::Compute::NEG_INFINITY);
         }
         if let Some(mask) = self.mask {
-            for i in 0..tile.rows {
-                let start = mask.index(tile.b, tile.h, tile.i0 + i, tile.j0);
-                for j in 0..tile.keys {
-                    let hidden = mask.data()[(start + j as isize * mask.stride(3)) as usize] != 0;
-                    let s = &mut s[j * columns + i];
-                    *s = if hidden { T::Compute::NEG_INFINITY } else { *s };
+            let mut row = [0; MAX_KEYS];
+            if mask.stride(2) == 0 {
+                mask_row(&mask, [tile.b, tile.h, 0, tile.j0], &mut row[..tile.keys]);
+                for (s, _) in s.chunks_exact_mut(columns).zip(&row[..tile.keys]).filter(|(_, hides)| **hides != 0) {
+                    s.fill(T::Compute::NEG_INFINITY);
+                }
+            } else {
+                for i in 0..tile.rows {
+                    mask_row(&mask, [tile.b, tile.h, tile.i0 + i, tile.j0], &mut row[..tile.keys]);
+                    for (s, &hides) in s.chunks_exact_mut(columns).zip(&row[..tile.keys]) {
+                        s[i] = select_unpredictable(hides != 0, T::Compute::NEG_INFINITY, s[i]);
+                    }
                 }
             }
         }
@@ -161,10 +186,9 @@ impl<'a, T: Float> Context<'a, T> {
             self.for_distances(s, tile, i, |s, distance| *s = *s - slope * distance);
         }
         if let Some(bias) = self.bias {
-            let start = bias.index(tile.b, tile.h, i, tile.j0);
-            for (j, s) in s.iter_mut().enumerate() {
-                *s += bias.data()[(start + j as isize * bias.stride(3)) as usize].widen();
-            }
+            let mut row = [T::Compute::default(); MAX_KEYS];
+            widen_row(&bias, [tile.b, tile.h, i, tile.j0], &mut row[..s.len()]);
+            s.iter_mut().zip(row).for_each(|(s, bias)| *s += bias);
         }
     }
 
@@ -204,14 +228,20 @@ impl<'a, T: Float> Context<'a, T> {
             }
         }
         if let Some(mask) = self.mask {
-            let start = mask.index(tile.b, tile.h, i, tile.j0);
-            for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
-                let hidden = mask.data()[(start + j as isize * mask.stride(3)) as usize] != 0;
-                *p = if hidden { zero } else { *p };
-                *ds = if hidden { zero } else { *ds };
+            let mut row = [0; MAX_KEYS];
+            mask_row(&mask, [tile.b, tile.h, i, tile.j0], &mut row[..p.len()]);
+            for ((p, ds), hides) in p.iter_mut().zip(ds).zip(row) {
+                *p = if hides != 0 { zero } else { *p };
+                *ds = if hides != 0 { zero } else { *ds };
             }
         }
     }
+}
+
+/// Elements `[b, h, i, j ..]` of a mask.
+#[inline(always)]
+fn mask_row(mask: &View<'_, u8>, at: [usize; 4], out: &mut [u8]) {
+    read_row(mask, at, out, |from, to| to.copy_from_slice(from), |hides| hides);
 }
 
 /// After every position and every key.
@@ -277,6 +307,8 @@ fn mix(x: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use flashover_kernels::mask::UNBOUNDED;
+    use flashover_kernels::problem::Element;
+    use flashover_kernels::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 
     use super::*;
 
@@ -299,9 +331,57 @@ mod tests {
         }
     }
 
+    /// Scores of one tile as rows and as columns, and the derivative of the softcap.
+    struct Scores<'a>(&'a Context<'a, f32>, &'a [f32], Tile);
+
+    impl pulp::WithSimd for Scores<'_> {
+        type Output = [Vec<f32>; 3];
+
+        fn with_simd<S: Simd>(self, _: S) -> Self::Output {
+            let Scores(context, s, tile) = self;
+            let (mut across, mut derivative, mut down) = (s.to_vec(), vec![0.0; s.len()], vec![0.0; s.len()]);
+            for (n, &s) in s.iter().enumerate() {
+                down[n % tile.keys * tile.rows + n / tile.keys] = s;
+            }
+            context.score_columns::<S>(&mut down, tile.rows, &tile);
+            let rows = across.chunks_mut(tile.keys).zip(derivative.chunks_mut(tile.keys));
+            for (r, (across, derivative)) in rows.enumerate() {
+                context.score_row::<S>(across, derivative, &tile, tile.i0 + r);
+            }
+            let down = (0..s.len()).map(|n| down[n % tile.keys * tile.rows + n / tile.keys]).collect();
+            [across, derivative, down]
+        }
+    }
+
+    #[test]
+    fn score_functions_agree_with_those_of_the_kernels() {
+        let mut problem = Problem::new([1, 2, 40, 1], [1, 2, 70, 1], [1, 2, 70, 1], Element::F32).unwrap();
+        (problem.softcap, problem.alibi, problem.bias) = (Some(3.0), true, Some([1, 1, 40, 70]));
+        let (zeros, slopes) = ([0.0; 140], [0.3, 0.7]);
+        let bias: Vec<f32> = (0..40 * 70).map(|n| (n % 37) as f32 * 0.1 - 1.5).collect();
+        let (q, k) = (View::contiguous(&zeros[..80], [1, 2, 40, 1]), View::contiguous(&zeros, [1, 2, 70, 1]));
+        let bias_view = View::contiguous(&bias, [1, 1, 40, 70]);
+        let (bias_input, alibi_slopes) = (Some(bias_view), Some(&slopes[..]));
+        let inputs =
+            Inputs { q, k, v: k, bias: bias_input, mask: None, alibi_slopes, learned_sinks: None, key_lengths: None };
+        let context = Context::new(&problem, &inputs);
+        let tile = Tile { b: 0, h: 1, i0: 5, rows: 33, j0: 9, keys: 48 };
+        let s: Vec<f32> = (0..33 * 48).map(|n| ((n * 31) % 97) as f32 * 0.25 - 12.0).collect();
+        let [across, derivative, down] = pulp::Arch::new().dispatch(Scores(&context, &s, tile));
+        for (n, &s) in s.iter().enumerate() {
+            let (i, j) = (tile.i0 + n / tile.keys, tile.j0 + n % tile.keys);
+            let at = Position { batch: 0, head: 1, a: i as i32 + 30, j: j as i32 };
+            let expected = Bias::value(Alibi::value(Softcap::value(s, at, 3.0), at, slopes[1]), at, bias[i * 70 + j]);
+            // The order is the same; only tanh differs, by a few units in the last place of at most 3.
+            let close = |x: f32| (x - expected).abs() < 2.5e-7 * (3.0 + expected.abs());
+            assert!(close(across[n]) && close(down[n]), "{s} at {at:?}: {}, {}, {expected}", across[n], down[n]);
+            assert!((derivative[n] - Softcap::derivative(s, at, 3.0)).abs() < 1e-6, "{s} at {at:?}");
+        }
+    }
+
     #[test]
     fn dropout_agrees_with_its_definition() {
-        let problem = Problem::new([3, 5, 7, 4], [3, 5, 9, 4], [3, 5, 9, 4], flashover_kernels::problem::Element::F32);
+        let problem = Problem::new([3, 5, 7, 4], [3, 5, 9, 4], [3, 5, 9, 4], Element::F32);
         let problem = problem.unwrap();
         for (probability, seed) in [(0.0, 1), (0.3, 99), (0.8, u64::MAX - 5)] {
             let dropout = Dropout { probability, seed };

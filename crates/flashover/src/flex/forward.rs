@@ -26,7 +26,10 @@ use super::{Inputs, simd_name};
 /// Queries of a block.
 pub(super) const BQ: usize = 64;
 /// Keys of a tile.
-pub(super) const BK: usize = 64;
+pub(super) const BK: usize = 128;
+/// How far the maximum of a row may grow before what was accumulated is rescaled: probabilities then reach `e⁸` instead
+/// of 1, which f32 does not mind, and most tiles need no rescaling (FlashAttention-4 does the same).
+const SLACK: f64 = 8.0;
 
 /// Computes `o` `[B, Hq, Sq, Dv]` and, if wanted, `lse` `[B, Hq, Sq]`; every element of both is written.
 ///
@@ -37,7 +40,7 @@ pub fn forward<T: Float>(problem: &Problem, inputs: &Inputs<'_, T>, o: &mut [T],
     let heads = problem.batch * problem.heads_q;
     assert_eq!(o.len(), heads * problem.seq_q * problem.value_dim, "elements of o");
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == heads * problem.seq_q), "elements of lse");
-    note::<T>(problem);
+    launch_log::note(|| launch::<T>(problem));
     if problem.is_empty() {
         return;
     }
@@ -51,15 +54,20 @@ pub fn forward<T: Float>(problem: &Problem, inputs: &Inputs<'_, T>, o: &mut [T],
     }
     let arch = Arch::new();
     let work = problem.seq_q * problem.seq_kv * (problem.head_dim + problem.value_dim) * heads;
-    parallel::for_each(tasks.into_iter(), work, || Scratch::new(problem), |scratch, (head, i0, o, lse)| {
-        let rows = o.len() / problem.value_dim;
-        let (b, h) = (head / problem.heads_q, head % problem.heads_q);
-        arch.dispatch(Block { context: &context, scratch, b, h, i0, rows, values: true });
-        scratch.write_o(o, context.problem);
-        for (i, lse) in lse.into_iter().flatten().enumerate() {
-            *lse = scratch.lse(i).to_f64() as f32;
-        }
-    });
+    parallel::for_each(
+        tasks.into_iter(),
+        work,
+        || Scratch::new(problem),
+        |scratch, (head, i0, o, lse)| {
+            let rows = o.len() / problem.value_dim;
+            let (b, h) = (head / problem.heads_q, head % problem.heads_q);
+            arch.dispatch(Block { context: &context, scratch, b, h, i0, rows, values: true });
+            scratch.write_o(o, context.problem);
+            for (i, lse) in lse.into_iter().flatten().enumerate() {
+                *lse = scratch.lse(i).to_f64() as f32;
+            }
+        },
+    );
 }
 
 /// Row statistics in the compute type: what `lse` is before it becomes f32, `[B, Hq, Sq]`. A backward in f64 needs
@@ -74,25 +82,31 @@ pub(super) fn statistics<T: Float>(context: &Context<'_, T>) -> Vec<T::Compute> 
         .collect();
     let arch = Arch::new();
     let work = problem.seq_q * problem.seq_kv * problem.head_dim * problem.batch * problem.heads_q;
-    parallel::for_each(tasks.into_iter(), work, || Scratch::new(problem), |scratch, (head, i0, lse)| {
-        let (b, h, rows) = (head / problem.heads_q, head % problem.heads_q, lse.len());
-        arch.dispatch(Block { context, scratch, b, h, i0, rows, values: false });
-        for (i, lse) in lse.iter_mut().enumerate() {
-            *lse = scratch.lse(i);
-        }
-    });
+    parallel::for_each(
+        tasks.into_iter(),
+        work,
+        || Scratch::new(problem),
+        |scratch, (head, i0, lse)| {
+            let (b, h, rows) = (head / problem.heads_q, head % problem.heads_q, lse.len());
+            arch.dispatch(Block { context, scratch, b, h, i0, rows, values: false });
+            for (i, lse) in lse.iter_mut().enumerate() {
+                *lse = scratch.lse(i);
+            }
+        },
+    );
     lse
 }
 
-fn note<T: Float>(problem: &Problem) {
-    launch_log::note(|| Launch {
+/// The launch that [`forward`] notes.
+pub(super) fn launch<T: Float>(problem: &Problem) -> Launch {
+    Launch {
         kernel: "flex_forward",
         config: format!("bq={BQ} bk={BK} simd={}", simd_name()),
         bindings: 0,
         shared_bytes: 0,
         units: 0,
         scratch_bytes: rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes(),
-    });
+    }
 }
 
 /// What a thread needs for one block.
@@ -113,7 +127,7 @@ struct Scratch<R> {
 
 /// Online softmax of the columns of a block.
 struct Softmax<R> {
-    /// Running maximum; `−∞` before any key, `NaN` never.
+    /// What is subtracted from the scores: the running maximum less at most [`SLACK`]; `−∞` before any key, `NaN` never.
     m: [R; BQ],
     /// Running sum of `exp(s − m)`.
     l: [R; BQ],
@@ -200,9 +214,9 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
             (0..queries).for_each(|i| row_hash[i] = dropout.row(i0 + i));
         }
 
-        let visible_keys = context.keys(b);
-        for j0 in (0..visible_keys).step_by(BK) {
-            let tile = Tile { b, h, i0, rows: queries, j0, keys: BK.min(visible_keys - j0) };
+        let end = context.keys_seen(b, i0 + queries - 1);
+        for j0 in (0..end).step_by(BK) {
+            let tile = Tile { b, h, i0, rows: queries, j0, keys: BK.min(end - j0) };
             let kind = context.classify(&tile);
             if kind == TileKind::Empty {
                 continue;
@@ -245,8 +259,9 @@ impl<R: Real> Softmax<R> {
     #[inline(always)]
     fn start<S: Simd>(&mut self, sink: Option<R>) {
         let (m, l) = match sink {
-            // A NaN sink makes the sum NaN; the maximum stays a number.
-            Some(sink) if sink > R::NEG_INFINITY => (sink, (sink - sink).exp::<S>()),
+            // exp(sink − sink), which is 1, or NaN for an infinite sink. A NaN sink makes the sum NaN; the maximum stays
+            // a number.
+            Some(sink) if sink > R::NEG_INFINITY => (sink, (sink * R::default()).exp::<S>()),
             Some(sink) => (R::NEG_INFINITY, sink.exp::<S>()),
             None => (R::NEG_INFINITY, R::default()),
         };
@@ -254,7 +269,7 @@ impl<R: Real> Softmax<R> {
         self.l.fill(l);
     }
 
-    /// Scores become `exp(s − m)` under the new maxima; whether any maximum moved, so that [`Self::rescale`] matters.
+    /// Scores become `exp(s − m)` under the new m; whether any m moved, so that [`Self::rescale`] matters.
     ///
     /// Hidden keys are −∞. A column of nothing else keeps m = −∞ and l = 0. NaN does not enter m but does enter l.
     #[inline(always)]
@@ -269,14 +284,15 @@ impl<R: Real> Softmax<R> {
                     *top = if s > *top { s } else { *top };
                 }
             }
-            let (mut pivot, mut sum) = (top, [R::default(); PAD]);
-            for ((pivot, m), rescale) in pivot.iter_mut().zip(m.iter_mut()).zip(rescale.iter_mut()) {
+            let (mut pivot, mut sum, mut stays) = (top, [R::default(); PAD], true);
+            for (((pivot, &top), m), rescale) in pivot.iter_mut().zip(&top).zip(m.iter_mut()).zip(rescale.iter_mut()) {
+                let grown = if top > *m + R::from_f64(SLACK) { top } else { *m };
                 // −∞ − −∞ would be NaN.
-                *pivot = if *pivot == R::NEG_INFINITY { R::default() } else { *pivot };
+                *pivot = if grown == R::NEG_INFINITY { R::default() } else { grown };
                 *rescale = (*m - *pivot).exp::<S>();
+                stays &= grown == *m;
+                *m = grown;
             }
-            let stays = top.iter().zip(m.iter()).fold(true, |stays, (top, m)| stays & (top == m));
-            *m = top;
             for s in s.chunks_exact_mut(columns) {
                 let out = lanes(s, c);
                 let mut p = *out;

@@ -55,7 +55,19 @@ pub(super) fn product<R: Real, S: Simd>(
     assert!(b.data.len() >= (k - 1) * b.row + padded(n), "right operand of a {m}×{n}×{k} product");
     assert!(c.len() >= (m - 1) * c_row + n, "result of a {m}×{n}×{k} product");
     let (a_data, b_data, c) = (a.data.as_ptr(), b.data.as_ptr(), c.as_mut_ptr());
-    simd.vectorize(Product { m, n, k, a: a_data, a_row: a.row, a_col: a.col, b: b_data, b_row: b.row, c, c_row, accumulate });
+    simd.vectorize(Product {
+        m,
+        n,
+        k,
+        a: a_data,
+        a_row: a.row,
+        a_col: a.col,
+        b: b_data,
+        b_row: b.row,
+        c,
+        c_row,
+        accumulate,
+    });
 }
 
 struct Product<R> {
@@ -151,13 +163,18 @@ impl<R: Real> Product<R> {
                 if whole {
                     for (v, &sum) in sums.iter().enumerate() {
                         let c = c.add(v * lanes).cast::<R::Vector<S>>();
-                        c.write_unaligned(if self.accumulate { R::vector_add(simd, c.read_unaligned(), sum) } else { sum });
+                        c.write_unaligned(if self.accumulate {
+                            R::vector_add(simd, c.read_unaligned(), sum)
+                        } else {
+                            sum
+                        });
                     }
                 } else {
                     let mut c = std::slice::from_raw_parts_mut(c, self.n - column);
                     for &sum in sums {
                         let (head, rest) = c.split_at_mut(lanes.min(c.len()));
-                        let sum = if self.accumulate { R::vector_add(simd, R::partial_load(simd, head), sum) } else { sum };
+                        let sum =
+                            if self.accumulate { R::vector_add(simd, R::partial_load(simd, head), sum) } else { sum };
                         R::partial_store(simd, head, sum);
                         c = rest;
                     }

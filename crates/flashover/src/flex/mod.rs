@@ -8,6 +8,7 @@ mod backend;
 mod backward;
 mod bias_gradient;
 mod context;
+mod exact_delta;
 mod forward;
 mod gemm;
 mod parallel;
@@ -19,9 +20,13 @@ mod view;
 #[cfg(test)]
 mod tests;
 
-pub use backward::{Gradients, backward};
+use flashover_kernels::launch_log::Launch;
+use flashover_kernels::operands::Wanted;
+use flashover_kernels::problem::{Element, Problem};
+
+pub use backward::backward;
 pub use forward::forward;
-pub use real::{Float, Real};
+pub use real::Float;
 pub use view::View;
 
 /// Operands of attention, as [`Operands`](flashover_kernels::operands::Operands) describes them.
@@ -43,6 +48,26 @@ pub struct Inputs<'a, T: Float> {
     pub learned_sinks: Option<&'a [T::Compute]>,
     /// Visible keys of each batch element `[B]`; below 0 counts as 0, beyond `Skv` as `Skv`.
     pub key_lengths: Option<&'a [i32]>,
+}
+
+/// The launch that [`forward`] will note for a problem.
+pub fn forward_launch(problem: &Problem) -> Launch {
+    match problem.element {
+        Element::F64 => forward::launch::<f64>(problem),
+        Element::F32 => forward::launch::<f32>(problem),
+        Element::F16 => forward::launch::<half::f16>(problem),
+        Element::BF16 => forward::launch::<half::bf16>(problem),
+    }
+}
+
+/// The launch that [`backward`] will note.
+pub fn backward_launch(problem: &Problem, wanted: Wanted) -> Launch {
+    match problem.element {
+        Element::F64 => backward::launch::<f64>(problem, wanted),
+        Element::F32 => backward::launch::<f32>(problem, wanted),
+        Element::F16 => backward::launch::<half::f16>(problem, wanted),
+        Element::BF16 => backward::launch::<half::bf16>(problem, wanted),
+    }
 }
 
 /// The instruction set that is used here, as `explain` and the launch log name it.

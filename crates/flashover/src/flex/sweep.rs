@@ -151,6 +151,7 @@ impl<'x, R: Real> KeyTile<'x, R> {
 /// p and, if wanted, ds of one tile, in `scratch`. `each_row(i, ds)` sees every row of ds before the softcap's
 /// derivative: the gradient of what the score functions added.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
     simd: S,
     context: &Context<'x, T>,
@@ -191,7 +192,9 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         let vectors = ..padded(tile.keys);
         match dropout {
             None => plain_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta),
-            Some(dropout) => drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta, (&dropout, i, tile.j0)),
+            Some(dropout) => {
+                drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta, (&dropout, i, tile.j0))
+            }
         }
         let (p, ds) = (&mut p[..tile.keys], &mut ds[..tile.keys]);
         if kind == TileKind::Partial {
@@ -245,7 +248,7 @@ fn drop_row<R: Real, S: Simd>(
         let multiplier = if dropout.keeps(row, HeadDropout::key(j0 + j)) { factor } else { R::default() };
         *p = p.mul_add::<S>(scale, -lse).exp::<S>();
         *ds = *p * (*ds * multiplier - delta);
-        *p = *p * multiplier;
+        *p *= multiplier;
     }
 }
 
@@ -292,7 +295,15 @@ impl<T: Float> WithSimd for Sweep<'_, '_, T> {
             }
             key_tile(simd, context, saved, scratch, (&heads, &queries), &tile, blocks, &mut targets);
             let at = j0 - keys.start;
-            store(&scratch.dk, context.scale, tile.keys, context.problem.head_dim, at, &mut scratch.row, &mut targets.dk);
+            store(
+                &scratch.dk,
+                context.scale,
+                tile.keys,
+                context.problem.head_dim,
+                at,
+                &mut scratch.row,
+                &mut targets.dk,
+            );
             let one = T::Compute::from_f64(1.0);
             store(&scratch.dv, one, tile.keys, context.problem.value_dim, at, &mut scratch.row, &mut targets.dv);
         }
@@ -333,8 +344,7 @@ fn key_tile<T: Float, S: Simd, Blocks: Iterator<Item = Tile>>(
 ) {
     let problem = context.problem;
     let (d, dv) = (problem.head_dim, problem.value_dim);
-    let with_ds =
-        targets.dq.is_some() || targets.dk.is_some() || targets.slopes.is_some() || targets.bias.is_some();
+    let with_ds = targets.dq.is_some() || targets.dk.is_some() || targets.slopes.is_some() || targets.bias.is_some();
     let Scratch { keys, tile: tile_scratch, dk: dk_sum, dv: dv_sum, .. } = scratch;
     dk_sum.fill(T::Compute::default());
     dv_sum.fill(T::Compute::default());

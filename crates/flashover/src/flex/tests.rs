@@ -10,7 +10,9 @@ use flashover_kernels::problem::Problem;
 use half::{bf16, f16};
 
 use self::reference::{Reference, reference};
-use super::{Float, Gradients, Inputs, Real, View, backward, forward};
+use super::backward::Gradients;
+use super::real::Real;
+use super::{Float, Inputs, View, backward, forward};
 
 const ALL: Wanted = Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true };
 
@@ -80,7 +82,10 @@ impl<T: Float> Tensor<T> {
     }
 
     fn contiguous(&self) -> Vec<T> {
-        let value = |n| { let [b, h, i, j] = indices(n, self.shape); self.view().at(b, h, i, j) };
+        let value = |n| {
+            let [b, h, i, j] = indices(n, self.shape);
+            self.view().at(b, h, i, j)
+        };
         (0..self.shape.iter().product()).map(value).collect()
     }
 }
@@ -199,7 +204,12 @@ impl<T: Float> Case<T> {
     }
 
     fn wanted(&self) -> Wanted {
-        Wanted { bias: self.bias.is_some(), alibi_slopes: self.problem.alibi, learned_sinks: self.problem.learned_sinks, ..ALL }
+        Wanted {
+            bias: self.bias.is_some(),
+            alibi_slopes: self.problem.alibi,
+            learned_sinks: self.problem.learned_sinks,
+            ..ALL
+        }
     }
 
     fn run(&self, wanted: Wanted) -> Outcome<T> {
@@ -228,9 +238,15 @@ impl<T: Float> Outcome<T> {
             ("o", f(&self.o), &reference.o[..]),
             ("lse", self.lse.iter().map(|&x| f64::from(x)).collect(), &reference.lse[..]),
         ];
-        let tensors = [("dq", &g.q, &reference.dq), ("dk", &g.k, &reference.dk), ("dv", &g.v, &reference.dv), ("dbias", &g.bias, &reference.dbias)];
+        let tensors = [
+            ("dq", &g.q, &reference.dq),
+            ("dk", &g.k, &reference.dk),
+            ("dv", &g.v, &reference.dv),
+            ("dbias", &g.bias, &reference.dbias),
+        ];
         all.extend(tensors.into_iter().filter_map(|(name, x, y)| Some((name, f(x.as_deref()?), &y[..]))));
-        let vectors = [("dslopes", &g.alibi_slopes, &reference.dslopes), ("dsinks", &g.learned_sinks, &reference.dsinks)];
+        let vectors =
+            [("dslopes", &g.alibi_slopes, &reference.dslopes), ("dsinks", &g.learned_sinks, &reference.dsinks)];
         all.extend(vectors.into_iter().filter_map(|(name, x, y)| Some((name, c(x.as_deref()?), &y[..]))));
         all
     }
@@ -297,7 +313,8 @@ fn non_finite_operands_reach_only_what_sees_them() {
             continue;
         }
         let bad = r.pick(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
-        let (b, h, i, j) = (r.next() as usize % p.batch, r.next() as usize, r.next() as usize % p.seq_q, r.next() as usize % p.seq_kv);
+        let (b, h, i, j) =
+            (r.next() as usize % p.batch, r.next() as usize, r.next() as usize % p.seq_q, r.next() as usize % p.seq_kv);
         match r.next() % 4 {
             0 => *case.q.at([b, h % p.heads_q, i, 0]) = bad,
             1 => *case.do_.at([b, h % p.heads_q, i, p.value_dim - 1]) = bad,

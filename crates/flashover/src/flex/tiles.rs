@@ -56,18 +56,38 @@ pub(super) fn rows<'a, T: Float>(
     }
     let stride = padded(width);
     for (r, row) in scratch.chunks_exact_mut(stride).take(count).enumerate() {
-        let start = view.index(b, h, first + r, 0);
         let (row, pad) = row.split_at_mut(width);
         pad.fill(T::Compute::default());
-        if adjacent {
-            T::widen_slice(&view.data()[start as usize..][..width], row);
-        } else {
-            for (d, x) in row.iter_mut().enumerate() {
-                *x = view.data()[(start + d as isize * view.stride(3)) as usize].widen();
+        widen_row(view, [b, h, first + r, 0], row);
+    }
+    Rows { data: scratch, stride }
+}
+
+/// Elements `[b, h, i, j ..]` as the compute type.
+#[inline(always)]
+pub(super) fn widen_row<T: Float>(view: &View<'_, T>, at: [usize; 4], out: &mut [T::Compute]) {
+    read_row(view, at, out, T::widen_slice, T::widen);
+}
+
+/// Elements `[b, h, i, j ..]`, converted by `slice` where they are adjacent, otherwise by `element`.
+#[inline(always)]
+pub(super) fn read_row<X: Copy, Y: Copy>(
+    view: &View<'_, X>,
+    [b, h, i, j]: [usize; 4],
+    out: &mut [Y],
+    slice: impl FnOnce(&[X], &mut [Y]),
+    element: impl Fn(X) -> Y,
+) {
+    let start = view.index(b, h, i, j);
+    match view.stride(3) {
+        0 => out.fill(element(view.data()[start as usize])),
+        1 => slice(&view.data()[start as usize..][..out.len()], out),
+        stride => {
+            for (n, x) in out.iter_mut().enumerate() {
+                *x = element(view.data()[(start + n as isize * stride) as usize]);
             }
         }
     }
-    Rows { data: scratch, stride }
 }
 
 /// `out[d · columns + r] = scale · rows[r, d]`; columns from `count` up to the next vector become 0.

@@ -31,6 +31,7 @@ impl<'a, T> View<'a, T> {
     }
 
     /// A contiguous view of all of `data`.
+    #[cfg(test)]
     pub fn contiguous(data: &'a [T], shape: [usize; 4]) -> Self {
         let [_, h, s, d] = shape.map(|n| n as isize);
         View::new(data, 0, shape, [h * s * d, s * d, d, 1])
@@ -48,7 +49,11 @@ impl<'a, T> View<'a, T> {
     pub fn broadcast(&self, shape: [usize; 4]) -> Self {
         let mut strides = self.strides;
         for ((stride, &from), to) in strides.iter_mut().zip(&self.shape).zip(shape) {
-            assert!(from == to || from == 1, "view: expected a shape that broadcasts to {shape:?}, got {:?}", self.shape);
+            assert!(
+                from == to || from == 1,
+                "view: expected a shape that broadcasts to {shape:?}, got {:?}",
+                self.shape
+            );
             if from == 1 {
                 *stride = 0;
             }

@@ -56,7 +56,7 @@ impl AttentionConfig {
     /// # Panics
     ///
     /// If two settings exclude each other or a value is out of range.
-    pub(crate) fn init(&self, heads: usize, d_k: usize, dropout: f64, quiet: bool, device: &Device) -> Attention {
+    pub(super) fn init(&self, heads: usize, d_k: usize, dropout: f64, quiet: bool, device: &Device) -> Attention {
         assert_head_dim(d_k);
         assert!(
             self.window.is_none() || self.sliding_window.is_none(),
@@ -91,6 +91,18 @@ pub(super) fn assert_head_dim(dim: usize) {
     );
 }
 
+/// Operands of [`Attention`], rotated already.
+pub(super) struct Heads {
+    /// Queries `[B, Hq, Sq, Dk]`.
+    pub q: Tensor<4>,
+    /// Keys `[B, Hkv, Skv, Dk]`.
+    pub k: Tensor<4>,
+    /// Values `[B, Hkv, Skv, Dv]`.
+    pub v: Tensor<4>,
+    /// Broadcasts to `[B, Hq, Sq, Skv]`, `true` hides.
+    pub mask: Option<Tensor<4, Bool>>,
+}
+
 /// Attention without projections: the options of [`AttentionConfig`] with their parameters and tables, and dropout.
 ///
 /// Made by the modules that hold it.
@@ -119,7 +131,7 @@ impl Attention {
     }
 
     /// Keys `[B, Hkv, S, D]` that stand at `start`, rotated if so configured.
-    pub(crate) fn keys(&self, k: Tensor<4>, start: usize) -> Tensor<4> {
+    pub(super) fn keys(&self, k: Tensor<4>, start: usize) -> Tensor<4> {
         match &self.rotary {
             Some(rotary) => rotary.apply(k, start),
             None => k,
@@ -127,7 +139,7 @@ impl Attention {
     }
 
     /// Queries `[B, Hq, Sq, D]`, rotated if so configured. They are the last of `keys` positions, as for causal order.
-    pub(crate) fn queries(&self, q: Tensor<4>, keys: usize) -> Tensor<4> {
+    pub(super) fn queries(&self, q: Tensor<4>, keys: usize) -> Tensor<4> {
         let Some(rotary) = &self.rotary else { return q };
         let queries = q.dims()[2];
         assert!(
@@ -138,8 +150,9 @@ impl Attention {
         rotary.apply(q, keys - queries)
     }
 
-    /// Attention of heads, `[B, Hq, Sq, Dv]`. `mask` broadcasts to `[B, Hq, Sq, Skv]`, `true` hides.
-    pub(crate) fn forward(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<4, Bool>>) -> Tensor<4> {
+    /// Attention of heads, `[B, Hq, Sq, Dv]`.
+    pub(super) fn forward(&self, heads: Heads) -> Tensor<4> {
+        let Heads { q, k, v, mask } = heads;
         let options = self.options(&q, mask);
         attend(q, k, v, &options)
     }
@@ -148,24 +161,17 @@ impl Attention {
     ///
     /// A row of the probabilities is the output for values that are unit vectors, so the same kernel gives them, one
     /// block of keys after the other.
-    pub(crate) fn forward_with_weights(
-        &self,
-        q: Tensor<4>,
-        k: Tensor<4>,
-        v: Tensor<4>,
-        mask: Option<Tensor<4, Bool>>,
-    ) -> (Tensor<4>, Tensor<4>) {
+    pub(super) fn forward_with_weights(&self, heads: Heads) -> (Tensor<4>, Tensor<4>) {
+        let Heads { q, k, v, mask } = heads;
         let options = self.options(&q, mask);
-        let [batch, heads, keys, _] = k.dims();
-        let [_, heads_q, queries, _] = q.dims();
+        let ([batch, heads_q, queries, _], [_, heads_kv, keys, _]) = (q.dims(), k.dims());
         let device = q.device();
         let block = |j0: usize| {
-            let columns = j0..(j0 + MAX_HEAD_DIM).min(keys);
-            let n = columns.len();
+            let j1 = (j0 + MAX_HEAD_DIM).min(keys);
             let rows = Tensor::<1, Int>::arange(0..keys as i64, &device).reshape([1, 1, keys, 1]);
-            let columns = Tensor::<1, Int>::arange(columns.start as i64..columns.end as i64, &device);
-            let units = rows.equal(columns.reshape([1, 1, 1, n])).float().cast(q.dtype());
-            attend(q.clone(), k.clone(), units.expand([batch, heads, keys, n]), &options)
+            let columns = Tensor::<1, Int>::arange(j0 as i64..j1 as i64, &device).reshape([1, 1, 1, j1 - j0]);
+            let units = rows.equal(columns).float().cast(q.dtype());
+            attend(q.clone(), k.clone(), units.expand([batch, heads_kv, keys, j1 - j0]), &options)
         };
         let weights = match batch * queries * keys {
             0 => Tensor::zeros([batch, heads_q, queries, keys], (&device, q.dtype())),

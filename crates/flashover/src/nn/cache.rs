@@ -23,7 +23,7 @@ impl KvCache {
     }
 
     /// Adds positions and gives all of them.
-    pub(crate) fn append(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    pub(super) fn append(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let grown = match self.0.take() {
             None => (k, v),
             Some((old_k, old_v)) => (Tensor::cat(vec![old_k, k], 2), Tensor::cat(vec![old_v, v], 2)),
@@ -32,7 +32,7 @@ impl KvCache {
     }
 
     /// What it holds, or else what `make` makes, which it then holds.
-    pub(crate) fn get_or_insert(&mut self, make: impl FnOnce() -> (Tensor<4>, Tensor<4>)) -> (Tensor<4>, Tensor<4>) {
+    pub(super) fn get_or_insert(&mut self, make: impl FnOnce() -> (Tensor<4>, Tensor<4>)) -> (Tensor<4>, Tensor<4>) {
         self.0.get_or_insert_with(make).clone()
     }
 }
@@ -40,11 +40,11 @@ impl KvCache {
 /// Cache of [`MultiHeadAttention::forward_cache`](super::MultiHeadAttention::forward_cache).
 #[derive(Debug, Clone)]
 pub struct MhaCache {
-    pub(crate) kv: KvCache,
+    pub(super) kv: KvCache,
     /// Outputs of the positions so far, `[B, S, d_model]`.
-    pub(crate) output: Option<Tensor<3>>,
+    pub(super) output: Option<Tensor<3>>,
     /// Whether the keys and values of the first call stay.
-    pub(crate) fixed: bool,
+    pub(super) fixed: bool,
 }
 
 impl MhaCache {
@@ -59,12 +59,12 @@ impl MhaCache {
     }
 
     /// Positions whose outputs it holds.
-    pub(crate) fn outputs(&self) -> usize {
+    pub(super) fn outputs(&self) -> usize {
         self.output.as_ref().map_or(0, |output| output.dims()[1])
     }
 
     /// Adds outputs and gives all of them.
-    pub(crate) fn append_output(&mut self, output: Tensor<3>) -> Tensor<3> {
+    pub(super) fn append_output(&mut self, output: Tensor<3>) -> Tensor<3> {
         let grown = match self.output.take() {
             None => output,
             Some(old) => Tensor::cat(vec![old, output], 1),
@@ -77,7 +77,7 @@ impl MhaCache {
 /// call's context.
 #[derive(Debug, Clone, Default)]
 pub struct CrossAttentionCache {
-    pub(crate) kv: KvCache,
+    pub(super) kv: KvCache,
 }
 
 impl CrossAttentionCache {

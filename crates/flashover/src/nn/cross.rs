@@ -5,6 +5,7 @@ use burn::module::Module;
 use burn::nn::{Initializer, Linear, LinearConfig};
 use burn::tensor::{Bool, Device, Tensor, assert_shape};
 
+use super::attention::Heads;
 use super::multi_head::assert_groups;
 use super::{Attention, AttentionConfig, CrossAttentionCache, merge, project};
 
@@ -107,8 +108,8 @@ impl CrossAttention {
         context: Tensor<3>,
         mask: Option<Tensor<2, Bool>>,
     ) -> (Tensor<3>, Tensor<4>) {
-        let (q, k, v, mask) = self.heads(query, context, mask, &mut CrossAttentionCache::new());
-        let (o, weights) = self.attention.forward_with_weights(q, k, v, mask);
+        let heads = self.heads(query, context, mask, &mut CrossAttentionCache::new());
+        let (o, weights) = self.attention.forward_with_weights(heads);
         (merge(o, &self.output), weights)
     }
 
@@ -125,18 +126,16 @@ impl CrossAttention {
         mask: Option<Tensor<2, Bool>>,
         cache: &mut CrossAttentionCache,
     ) -> Tensor<3> {
-        let (q, k, v, mask) = self.heads(query, context, mask, cache);
-        merge(self.attention.forward(q, k, v, mask), &self.output)
+        merge(self.attention.forward(self.heads(query, context, mask, cache)), &self.output)
     }
 
-    #[allow(clippy::type_complexity)]
     fn heads(
         &self,
         query: Tensor<3>,
         context: Tensor<3>,
         mask: Option<Tensor<2, Bool>>,
         cache: &mut CrossAttentionCache,
-    ) -> (Tensor<4>, Tensor<4>, Tensor<4>, Option<Tensor<4, Bool>>) {
+    ) -> Heads {
         let [batch, _, _] = query.dims();
         assert_shape!(context, [batch, _, _]);
         let (k, v) = cache.kv.get_or_insert(|| {
@@ -150,6 +149,6 @@ impl CrossAttention {
             // Where there is nothing to hide, Burn's reshape would read a zero as "the size that was there".
             (batch * keys > 0).then(|| mask.unsqueeze_dims::<4>(&[1, 2]))
         });
-        (self.attention.queries(q, keys), k, v, mask)
+        Heads { q: self.attention.queries(q, keys), k, v, mask }
     }
 }

@@ -19,7 +19,24 @@
 //! - **Dropout** of the probabilities is a pure function of a seed. Each forward call in training takes a fresh one: a
 //!   counter that starts at random, drawn from the device at the first of them, so that
 //!   [`Device::seed`](burn::tensor::Device::seed) before it makes a run repeatable. Clones of a module share its
-//!   counter. As in burn-nn, "in training" means on an autodiff device with the dropout's flag not frozen.
+//!   counter; records do not hold it. As in burn-nn, "in training" means on an autodiff device with the dropout's flag
+//!   not frozen.
+//!
+//! ```standalone_crate
+//! use burn::tensor::{Device, Distribution, Tensor, TensorData};
+//! use flashover::nn::{MhaInput, MultiHeadAttentionConfig};
+//!
+//! let device = Device::flex().autodiff();
+//! let run = || -> Vec<TensorData> {
+//!     device.seed(42);
+//!     let mha = MultiHeadAttentionConfig::new(32, 4).with_dropout(0.5).init(&device);
+//!     let x = Tensor::<3>::random([2, 10, 32], Distribution::Default, &device);
+//!     (0..2).map(|_| mha.forward(MhaInput::self_attn(x.clone())).context.into_data()).collect()
+//! };
+//! let (first, again) = (run(), run());
+//! assert_ne!(first[0], first[1]); // each call drops anew
+//! assert_eq!(first, again); // and each run does the same
+//! ```
 //!
 //! Like burn-nn's, these modules panic on shapes that do not fit, with what was expected and what came.
 

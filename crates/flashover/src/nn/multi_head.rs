@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::nn::{Initializer, Linear, LinearConfig};
 use burn::tensor::{Bool, Device, Tensor, assert_shape};
 
-use super::attention::assert_head_dim;
+use super::attention::{Heads, assert_head_dim};
 use super::{Attention, AttentionConfig, KvCache, MhaCache, merge, project};
 
 /// Configuration of [`MultiHeadAttention`]. Without `min_float`: see the [module page](super).
@@ -191,8 +191,7 @@ impl MultiHeadAttention {
     ///
     /// If a shape does not fit the module or the other inputs.
     pub fn forward(&self, input: MhaInput) -> MhaOutput {
-        let (q, k, v, mask) = self.heads(input);
-        MhaOutput { context: merge(self.attention.forward(q, k, v, mask), &self.output) }
+        MhaOutput { context: merge(self.attention.forward(self.heads(input)), &self.output) }
     }
 
     /// [`forward`](Self::forward), and the attention weights `[B, n_heads, Sq, Skv]`; in training after dropout, like
@@ -205,8 +204,7 @@ impl MultiHeadAttention {
     ///
     /// As [`forward`](Self::forward).
     pub fn forward_with_weights(&self, input: MhaInput) -> (MhaOutput, Tensor<4>) {
-        let (q, k, v, mask) = self.heads(input);
-        let (o, weights) = self.attention.forward_with_weights(q, k, v, mask);
+        let (o, weights) = self.attention.forward_with_weights(self.heads(input));
         (MhaOutput { context: merge(o, &self.output) }, weights)
     }
 
@@ -245,7 +243,7 @@ impl MultiHeadAttention {
         let keys = k.dims()[2];
         let mask = input.mask(seen, keys);
         let q = self.queries(input.query.slice_dim(1, seen..queries), keys);
-        let new = merge(self.attention.forward(q, k, v, mask), &self.output);
+        let new = merge(self.attention.forward(Heads { q, k, v, mask }), &self.output);
         MhaOutput { context: cache.append_output(new) }
     }
 
@@ -261,7 +259,7 @@ impl MultiHeadAttention {
         let (k, v) = self.keys_values(new.clone(), new.clone(), cache.len());
         let (k, v) = cache.append(k, v);
         let q = self.queries(new, k.dims()[2]);
-        merge(self.attention.forward(q, k, v, None), &self.output)
+        merge(self.attention.forward(Heads { q, k, v, mask: None }), &self.output)
     }
 
     fn check(&self, input: &MhaInput) {
@@ -272,14 +270,13 @@ impl MultiHeadAttention {
         assert_shape!(value, [batch, keys, self.d_model]);
     }
 
-    #[allow(clippy::type_complexity)]
-    fn heads(&self, input: MhaInput) -> (Tensor<4>, Tensor<4>, Tensor<4>, Option<Tensor<4, Bool>>) {
+    fn heads(&self, input: MhaInput) -> Heads {
         self.check(&input);
         let keys = input.key.dims()[1];
         let mask = input.mask(0, keys);
         let q = self.queries(input.query, keys);
         let (k, v) = self.keys_values(input.key, input.value, 0);
-        (q, k, v, mask)
+        Heads { q, k, v, mask }
     }
 
     fn queries(&self, query: Tensor<3>, keys: usize) -> Tensor<4> {

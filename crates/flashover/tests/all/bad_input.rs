@@ -58,10 +58,7 @@ fn options_that_make_no_sense() {
             o().bias(zeros([2, 3, 1, 7])),
             "bias: expected a shape that broadcasts to [B, Hq, Sq, Skv] = [2, 4, 5, 7], got [2, 3, 1, 7]",
         ),
-        (
-            o().alibi_slopes(Tensor::zeros([2], &device)),
-            "length of alibi_slopes: expected 4 (one a query head), got 2",
-        ),
+        (o().alibi_slopes(Tensor::zeros([2], &device)), "length of alibi_slopes: expected 4 (one a query head), got 2"),
         (
             o().learned_sinks(Tensor::zeros([5], &device)),
             "length of learned_sinks: expected 4 (one a query head), got 5",

@@ -10,6 +10,8 @@ pub fn flex() -> Device {
 }
 
 /// Every backend of the build that composes attention of its own operations.
+// Burn deprecates NdArray; as long as it has it, it is tested.
+#[allow(deprecated)]
 pub fn chunked() -> Vec<(&'static str, Device)> {
     vec![
         #[cfg(feature = "ndarray")]

@@ -41,9 +41,22 @@ pub fn check(case: &Case, device: &Device) -> Result<(), String> {
 
 fn check_all(cases: &[Case], device: &Device) {
     let device = device.clone().autodiff();
-    let failures: Vec<String> = cases.iter().filter_map(|case| check(case, &device).err()).collect();
+    let failures: Vec<String> = cases
+        .iter()
+        .filter_map(|case| {
+            let start = std::time::Instant::now();
+            let failure = check(case, &device).err();
+            println!("{:.1} s {}", start.elapsed().as_secs_f64(), case.name());
+            failure
+        })
+        .collect();
     let shown = failures.iter().take(10).cloned().collect::<Vec<_>>().join("\n");
-    assert!(failures.is_empty(), "{} of {} cases on {device:?} failed, the first:\n{shown}", failures.len(), cases.len());
+    assert!(
+        failures.is_empty(),
+        "{} of {} cases on {device:?} failed, the first:\n{shown}",
+        failures.len(),
+        cases.len()
+    );
     println!("{} cases on {device:?}", cases.len());
 }
 

@@ -43,7 +43,7 @@ fn padding(batch: usize, keys: usize, device: &Device) -> Tensor<2, Bool> {
 
 /// `[B, Sq, Skv]`: hides some of the keys, never the first.
 fn holes(batch: usize, queries: usize, keys: usize, device: &Device) -> Tensor<3, Bool> {
-    let hides = |n: usize| n % keys != 0 && (n * 7 + n / keys) % 5 < 2;
+    let hides = |n: usize| !n.is_multiple_of(keys) && (n * 7 + n / keys) % 5 < 2;
     let hidden: Vec<bool> = (0..batch * queries * keys).map(hides).collect();
     Tensor::from_data(TensorData::new(hidden, [batch, queries, keys]), device)
 }

@@ -2,7 +2,8 @@
 
 use flashover_kernels::problem::Problem;
 
-use super::super::{Float, Inputs, Real};
+use super::super::real::Real;
+use super::super::{Float, Inputs};
 
 /// Everything that forward and backward give, as f64.
 pub struct Reference {
@@ -82,9 +83,8 @@ pub fn reference<T: Float>(p: &Problem, x: &Inputs<'_, T>, do_: &[T], dlse: &[f3
         let lse = m + l.ln();
         r.lse[row] = lse;
         let multiplier = |j: usize| {
-            p.dropout.map_or(1.0, |dropout| {
-                dropout.multiplier(b as u32, h as u32, p.heads_q as u32, i as u32, j as u32)
-            })
+            p.dropout
+                .map_or(1.0, |dropout| dropout.multiplier(b as u32, h as u32, p.heads_q as u32, i as u32, j as u32))
         };
         for &(j, s, _) in &scores {
             let weight = (s - lse).exp() * multiplier(j);

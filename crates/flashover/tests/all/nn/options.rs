@@ -1,9 +1,9 @@
 //! A module's configuration reaches attention as the oracle understands it.
 
 use burn::config::Config;
-use burn::module::Param;
+use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::Linear;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use flashover::kernels::mask::Band;
 use flashover::kernels::operands::Operands;
 use flashover::kernels::problem::{Element, Problem};
@@ -173,4 +173,36 @@ fn configurations_survive_serialization() {
     assert_eq!(read.to_string(), config.to_string());
     assert_eq!(read.attention.rotary.unwrap().convention, RotaryConvention::HalfRotated);
     assert_eq!(read.attention.window, Some((3, 4)));
+}
+
+struct ToBf16;
+
+impl ModuleMapper for ToBf16 {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.cast(DType::BF16))
+    }
+}
+
+/// Tables and slopes are f32; what meets the parameters follows their dtype.
+#[test]
+fn parameters_may_be_of_half_precision() {
+    let device = devices::flex();
+    let attention = AttentionConfig::new()
+        .with_causal(true)
+        .with_alibi(true)
+        .with_learned_sinks(true)
+        .with_rotary(Some(RotaryEmbeddingConfig::new(16)));
+    let whole = module(attention, &device);
+    let half = whole.clone().map(&mut ToBf16);
+    let x = normal([BATCH, KEYS, D], &device);
+    let (expected, expected_weights) = whole.forward_with_weights(MhaInput::self_attn(x.clone()));
+    let (found, weights) = half.forward_with_weights(MhaInput::self_attn(x.cast(DType::BF16)));
+    assert_eq!((found.context.dtype(), weights.dtype()), (DType::BF16, DType::BF16));
+    for (found, expected) in [
+        (found.context.cast(DType::F32).reshape([-1]), expected.context.reshape([-1])),
+        (weights.cast(DType::F32).reshape([-1]), expected_weights.reshape([-1])),
+    ] {
+        let difference: f32 = (found - expected as Tensor<1>).abs().max().into_scalar();
+        assert!(difference < 0.05, "off by {difference}");
+    }
 }

@@ -5,15 +5,16 @@ use burn::nn::attention as burn_nn;
 use burn::tensor::{Device, Gradients, Tensor};
 use flashover::nn::{
     AttentionConfig, CrossAttentionConfig, MhaInput, MultiHeadAttention, MultiHeadAttentionConfig,
-    RotaryEmbeddingConfig,
+    RotaryEmbeddingConfig, TransformerEncoderConfig, TransformerEncoderInput,
 };
 
-use super::{assert_close, floats, normal, transfer};
+use super::{assert_close, floats, holes, normal, transfer};
+use crate::devices;
 
 const D: usize = 24;
 
 fn training_device() -> Device {
-    crate::devices::flex().autodiff()
+    devices::flex().autodiff()
 }
 
 /// Asserts that every parameter of a module has a gradient that is finite and not zero.
@@ -168,4 +169,35 @@ fn inference_and_frozen_modules_do_not_drop() {
     // And back to training, where it drops again.
     let training = valid.train().forward(MhaInput::self_attn(x)).context.inner();
     assert!((training - expected).abs().max().into_scalar::<f32>() > 1e-3);
+}
+
+/// Everything that a device makes itself (tables, slopes, sinks, seeds, masks) is right on a GPU as well.
+#[test]
+fn a_gpu_gives_what_flex_gives() {
+    let Some(gpu) = devices::gpu() else {
+        return devices::skip("nn::a_gpu_gives_what_flex_gives", "no GPU backend in this build");
+    };
+    let attention = AttentionConfig::new()
+        .with_causal(true)
+        .with_alibi(true)
+        .with_learned_sinks(true)
+        .with_rotary(Some(RotaryEmbeddingConfig::new(300)));
+    let config = TransformerEncoderConfig::new(D, 40, 4, 2).with_n_heads_kv(Some(2)).with_attention(attention);
+    let flex = config.clone().with_dropout(0.0).init(&devices::flex());
+    let x = normal([2, 11, D], &devices::flex());
+    let mask = || holes(2, 11, 11, &devices::flex());
+    let expected = flex.forward(TransformerEncoderInput::new(x.clone()).mask_attn(mask()));
+
+    let model = transfer(&flex, config.with_dropout(0.3).init(&gpu));
+    let input = || TransformerEncoderInput::new(Tensor::from_data(x.to_data(), &gpu));
+    let mask = Tensor::from_data(mask().into_data(), &gpu);
+    let found = model.forward(input().mask_attn(mask)).into_data();
+    assert_close("inference", Tensor::from_data(found, &devices::flex()), expected);
+
+    let training = gpu.autodiff();
+    let model = model.train();
+    let input = || TransformerEncoderInput::new(Tensor::from_data(x.to_data(), &training));
+    let output = model.forward(input());
+    assert_ne!(floats(output.clone()), floats(model.forward(input())));
+    assert_eq!(parameters_with_gradients(&model, output), 2 * 17 + 2);
 }

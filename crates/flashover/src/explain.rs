@@ -1,0 +1,162 @@
+//! Which kernel runs a call on its device, in which configuration, why, and what it costs: answered from shapes and
+//! options alone, without running anything.
+
+use std::fmt;
+
+use burn::tensor::Tensor;
+use flashover_kernels::cost;
+use flashover_kernels::launch_log::Launch;
+use flashover_kernels::operands::Wanted;
+use flashover_kernels::problem::Problem;
+
+use crate::boundary::Prepared;
+use crate::{AttentionError, AttentionOptions};
+
+/// The answer of [`explain`]. Its `Display` is a few lines for people.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Explanation {
+    /// The device, as Burn names it.
+    pub device: String,
+    /// The kernel family: `flex`, `portable`, or `composition`.
+    pub kernel: String,
+    /// Why this family and configuration, in a sentence.
+    pub reason: String,
+    /// The launches of a forward, in order; none for a composition, which launches nothing of ours.
+    pub forward: Vec<Step>,
+    /// The launches of a backward for every float operand of the call, in order; none off an autodiff device.
+    pub backward: Vec<Step>,
+    /// Floating-point operations of the forward's two products, over the scores that are visible by position.
+    pub forward_flops: u64,
+}
+
+/// One launch.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Step {
+    /// The launch, as the [launch log](flashover_kernels::launch_log) will record it.
+    pub launch: Launch,
+    /// Floating-point operations of its products, over the scores that are visible by position.
+    pub flops: u64,
+    /// Bytes that must move: operands read once, results written once.
+    pub bytes: u64,
+}
+
+/// Explains a call of [`attention`](crate::attention); on an autodiff device, one with everything tracked.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use flashover::{AttentionOptions, explain};
+///
+/// let q = Tensor::<4>::zeros([1, 8, 256, 64], &Device::flex());
+/// let answer = explain(&q, &q, &q, &AttentionOptions::new().causal())?;
+/// assert_eq!(answer.kernel, "flex");
+/// println!("{answer}");
+/// # Ok::<(), flashover::AttentionError>(())
+/// ```
+///
+/// # Errors
+///
+/// As the call itself.
+pub fn explain(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    options: &AttentionOptions,
+) -> Result<Explanation, AttentionError> {
+    let device = q.device();
+    let prepared = Prepared::new(q.clone(), k.clone(), v.clone(), options)?;
+    let plan = prepared.plan();
+    let problem = &plan.problem;
+    let tracked = device.is_autodiff();
+    let wanted = Wanted {
+        q: tracked,
+        k: tracked,
+        v: tracked,
+        bias: tracked && problem.bias.is_some(),
+        alibi_slopes: tracked && problem.alibi,
+        learned_sinks: tracked && problem.learned_sinks,
+    };
+    let mut answer = Explanation {
+        device: format!("{device:?}"),
+        kernel: "composition".into(),
+        reason: "no kernel of ours runs there: the backend's own operations do, a chunk of queries at a time".into(),
+        forward: Vec::new(),
+        backward: Vec::new(),
+        forward_flops: products(problem, 1, 1),
+    };
+    #[cfg(feature = "cubecl-backend")]
+    if let Some(selection) = &plan.selection {
+        let step = |cost: cost::Cost| Step {
+            launch: Launch {
+                kernel: cost.kernel,
+                config: cost.tile.map_or_else(|| format!("{} units", cost.units), |tile| tile.to_string()),
+                bindings: cost.bindings,
+                shared_bytes: cost.shared_bytes,
+                units: cost.units,
+                scratch_bytes: cost.scratch_bytes,
+            },
+            flops: cost.flops,
+            bytes: cost.hbm_bytes,
+        };
+        answer.kernel = selection.kernel.to_string();
+        answer.reason = selection.reason.clone();
+        let forward = cost::portable_forward(problem, selection.config, tracked);
+        answer.forward = forward.into_iter().map(step).collect();
+        if tracked {
+            let backward = cost::portable_backward(problem, selection.config, wanted, false);
+            answer.backward = backward.into_iter().map(step).collect();
+        }
+    }
+    #[cfg(feature = "flex")]
+    if crate::boundary::is_flex(&device) {
+        answer.kernel = "flex".into();
+        answer.reason = format!("native code for the CPU, here with {}", crate::flex_simd());
+        let bytes = operand_bytes(problem);
+        let flops = products(problem, 1, 1);
+        answer.forward = vec![Step { launch: crate::flex::forward_launch(problem), flops, bytes }];
+        if tracked {
+            // S and dQ and dK over D; dP and dV over Dv.
+            let flops = products(problem, 3, 2);
+            let launch = crate::flex::backward_launch(problem, wanted);
+            answer.backward = vec![Step { launch, flops, bytes: 2 * bytes }];
+        }
+    }
+    let _ = wanted;
+    Ok(answer)
+}
+
+/// Floating-point operations of products over visible scores: so many of depth `D` and so many of depth `Dv`.
+fn products(problem: &Problem, of_head_dim: u64, of_value_dim: u64) -> u64 {
+    let depth = of_head_dim * problem.head_dim as u64 + of_value_dim * problem.value_dim as u64;
+    2 * cost::visible_pairs(problem) * depth
+}
+
+/// Bytes of q, k, v and o.
+#[cfg(feature = "flex")]
+fn operand_bytes(problem: &Problem) -> u64 {
+    let p = problem;
+    let dims = p.head_dim + p.value_dim;
+    let elements = p.batch * (p.heads_q * p.seq_q + p.heads_kv * p.seq_kv) * dims;
+    (elements * p.element.bytes()) as u64
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} on {}: {}", self.kernel, self.device, self.reason)?;
+        writeln!(f, "forward: {:.3} GFLOP", self.forward_flops as f64 / 1e9)?;
+        for (part, steps) in [("forward", &self.forward), ("backward", &self.backward)] {
+            for step in steps {
+                let Launch { kernel, config, scratch_bytes, .. } = &step.launch;
+                writeln!(
+                    f,
+                    "  {part}: {kernel} [{config}] {:.3} GFLOP, {:.2} MiB moved at least, {:.2} MiB scratch",
+                    step.flops as f64 / 1e9,
+                    step.bytes as f64 / (1 << 20) as f64,
+                    *scratch_bytes as f64 / (1 << 20) as f64,
+                )?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,65 @@
+//! `explain` says beforehand what the launches then record. A program of its own, with one test: the launch log hears
+//! every thread of the process.
+
+use burn::tensor::{Device, Distribution, Tensor};
+use flashover::kernels::launch_log;
+use flashover::{AttentionOptions, attention, explain};
+
+#[path = "all/devices.rs"]
+#[allow(dead_code)]
+mod devices;
+
+fn holds(device: &Device, options: fn(&Device) -> AttentionOptions) {
+    let device = device.clone().autodiff();
+    let normal = |shape: [usize; 4]| Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let (q, k, v) = (normal([2, 4, 70, 24]), normal([2, 2, 90, 24]), normal([2, 2, 90, 40]));
+    let options = options(&device);
+    let answer = explain(&q, &k, &v, &options).expect("a sound call");
+    let launches = |work: &dyn Fn()| {
+        let ((), launches) = launch_log::listen(|| {
+            work();
+            device.sync().expect("the device answers");
+        });
+        launches
+    };
+    device.sync().expect("the device answers");
+    let expected = |steps: &[flashover::Step]| steps.iter().map(|step| step.launch.clone()).collect::<Vec<_>>();
+    let forward = launches(&|| drop(attention(q.clone(), k.clone(), v.clone(), &options).expect("a sound call")));
+    assert!(!forward.is_empty() && forward == expected(&answer.forward), "{forward:#?}\n{answer:#?}");
+    let o = attention(q.clone(), k.clone(), v.clone(), &options).expect("a sound call");
+    device.sync().expect("the device answers");
+    let backward = launches(&|| drop(o.clone().sum().backward()));
+    assert!(!backward.is_empty() && backward == expected(&answer.backward), "{backward:#?}\n{answer:#?}");
+    for launch in forward.iter().chain(&backward) {
+        // What every WebGPU device grants.
+        assert!(launch.bindings <= 7 && launch.shared_bytes <= 16 * 1024 && launch.units <= 256, "{launch:?}");
+    }
+    assert!(answer.to_string().contains(&answer.reason));
+}
+
+fn plain(_: &Device) -> AttentionOptions {
+    AttentionOptions::new().causal()
+}
+
+fn everything(device: &Device) -> AttentionOptions {
+    let vector = |n: usize| Tensor::<1>::ones([n], device).require_grad();
+    let bias = Tensor::<4>::ones([1, 4, 1, 90], device).require_grad();
+    let mask = Tensor::from_bool(burn::tensor::TensorData::new(vec![false; 90], [1, 1, 1, 90]), device);
+    let lengths = Tensor::from_ints([80, 90], device);
+    let options = AttentionOptions::new().sliding_window(20).visible_sinks(2).softcap(5.0).dropout(0.1, 7);
+    let options = options.bias(bias).mask(mask).key_lengths(lengths);
+    options.alibi_slopes(vector(4)).learned_sinks(vector(4))
+}
+
+#[test]
+fn explain_holds_against_the_launch_log() {
+    holds(&devices::flex(), plain);
+    holds(&devices::flex(), everything);
+    match devices::gpu() {
+        Some(device) => {
+            holds(&device, plain);
+            holds(&device, everything);
+        }
+        None => devices::skip("explain::gpu", "this build has no GPU backend"),
+    }
+}
