@@ -1,7 +1,7 @@
 //! What the example programs are made of.
 //!
 //! `quickstart` trains a byte-level language model ([`data`], [`model`], [`train`], [`sample`]) and then compares Burn's
-//! own attention with flashover's ([`compare`], [`reference`], [`memory`], [`report`], [`plot`]).
+//! own attention with flashover's ([`compare`], [`mod@reference`], [`memory`], [`report`], [`plot`]).
 
 pub mod compare;
 pub mod data;

@@ -65,3 +65,8 @@ pub fn attention_with_lse(
 ) -> Result<(Tensor<4>, Tensor<3>), AttentionError> {
     Ok(boundary::Prepared::new(q, k, v, options)?.forward_lse())
 }
+
+/// Runs the code blocks of the README as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
