@@ -67,9 +67,9 @@ chunked_backend! {
 #[cfg(all(feature = "remote", not(feature = "fusion")))]
 chunked_backend! { "remote" => burn::backend::Remote }
 
-// With `fusion`, Burn's remote backend is `Fusion` over this router, and the extension macro supplies the outer layer.
+// With `fusion`, Burn's remote backend is `Fusion` over a router whose type needs two more of Burn's crates.
 #[cfg(all(feature = "remote", feature = "fusion"))]
-chunked_backend! { "remote" => burn_router::BackendRouter<burn_remote::RemoteChannel> }
+compile_error!("flashover: expected `remote` or `fusion`, got both; together they are not supported yet");
 
 fn forward<B: Backend>(
     q: FloatTensor<B>,
