@@ -1,6 +1,8 @@
 //! BigBird (Zaheer et al., arXiv 2007.14062, sections 2 and appendix D): global blocks, a window of blocks, and random
 //! blocks.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::Extent;
@@ -58,15 +60,17 @@ pub(super) struct BoundBigBird {
 }
 
 impl BoundBigBird {
-    /// The random blocks of a row, in the order of their drawing: Floyd's sample of distinct numbers (Bentley and
-    /// Floyd, "A Sample of Brilliance", 1987), one hash a number.
-    fn random(&self, row: i64) -> Vec<u32> {
+    /// The random blocks of a row: Floyd's sample of distinct numbers (Bentley and Floyd, "A Sample of Brilliance",
+    /// 1987), one hash a number.
+    fn random(&self, row: i64) -> BTreeSet<u32> {
         let BigBird { random, seed, .. } = self.shape;
         let row = mix(mix(row as u32 ^ seed as u32) ^ (seed >> 32) as u32);
-        let mut drawn = Vec::new();
+        let mut drawn = BTreeSet::new();
         for last in self.columns.saturating_sub(random)..self.columns {
             let number = mix(row ^ mix(last)) % (last + 1);
-            drawn.push(if drawn.contains(&number) { last } else { number });
+            if !drawn.insert(number) {
+                drawn.insert(last);
+            }
         }
         drawn
     }
@@ -107,10 +111,8 @@ mod tests {
         let pattern = BoundBigBird { shape, columns: 40 };
         let mut hits = [0; 40];
         for row in 0..400 {
-            let mut drawn = pattern.random(row);
+            let drawn = pattern.random(row);
             drawn.iter().for_each(|&column| hits[column as usize] += 1);
-            drawn.sort_unstable();
-            drawn.dedup();
             assert_eq!(drawn.len(), 5);
         }
         // 50 hits each are expected, with a standard deviation below 7.

@@ -34,6 +34,7 @@ mod fingerprint;
 mod function;
 mod longformer;
 pub(crate) mod primitive;
+mod reduce;
 pub(crate) mod spans;
 mod table;
 #[cfg(test)]
