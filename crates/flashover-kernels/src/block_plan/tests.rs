@@ -241,6 +241,18 @@ fn one_plan_serves_heads_that_do_not_differ() {
 }
 
 #[test]
+fn heads_and_batch_elements_do_not_share_bitmaps_that_only_look_alike() {
+    // A mask and its complement lie alike in a tile, and show opposite points.
+    let extent = Extent { batch: 2, heads: 2, seq_q: 64, seq_kv: 64 };
+    let alike = || vec![Mask::window(20, 9), !Mask::window(20, 9)];
+    for mask in [Mask::per_head(alike()), Mask::per_batch(alike())] {
+        let plan = BlockPlan::new(&mask, extent, TileSize { bq: 16, bk: 16 }).unwrap();
+        check_bitmaps(&plan, &mask, extent);
+        assert!(plan.block_counts().1 > 8);
+    }
+}
+
+#[test]
 fn rows_are_ordered_by_their_blocks() {
     let extent = Extent { batch: 1, heads: 2, seq_q: 64, seq_kv: 64 };
     let tile = TileSize { bq: 16, bk: 16 };
