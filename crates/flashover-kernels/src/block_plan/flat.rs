@@ -29,10 +29,12 @@
 //! for at in word[starts + 1] .. word[starts + 2] step 2 { visit tile word[at] with bitmap at word[at + 1] }
 //! ```
 //!
-//! In a single loop, block `n` of `full + partial` with `full = word[starts + 1] − word[starts]` lies at
-//! `word[starts] + n` if `n < full`, and at `word[starts + 1] + 2 · (n − full)` otherwise.
+//! A kernel with a single loop over both takes [`block_count()`] and [`block_word()`]; [`bit_word()`] and [`bit_is_set()`]
+//! read a bitmap. All four are scalar functions that run in kernels and on the host.
 //!
 //! A plane serves several batch elements or heads where BATCH or HEADS is 1: their kernels run the same rows.
+
+use cubecl::prelude::*;
 
 use super::BlockPlan;
 use super::lists::BlockLists;
@@ -71,6 +73,36 @@ pub mod header {
     pub const TOTAL: usize = 14;
     /// Words of the header; the last is not used.
     pub const WORDS: usize = 16;
+}
+
+/// Number of blocks of a row whose three starts are `full`, `partial` and `end`.
+#[cube]
+pub fn block_count(full: u32, partial: u32, end: u32) -> u32 {
+    partial - full + (end - partial) / 2u32
+}
+
+/// Where block `n` of a row lies, Full blocks first. It is Full if that is before `partial`; otherwise the offset of its
+/// bitmap is in the next word.
+#[cube]
+pub fn block_word(n: u32, full: u32, partial: u32) -> u32 {
+    let count = partial - full;
+    let mut at = full + n;
+    if n >= count {
+        at = partial + 2u32 * (n - count);
+    }
+    at
+}
+
+/// Where the bit of key `c` of query `r` of a tile lies, both counted from the tile's first.
+#[cube]
+pub fn bit_word(bitmap: u32, row_words: u32, r: u32, c: u32) -> u32 {
+    bitmap + r * row_words + c / 32u32
+}
+
+/// Whether key `c` of the tile is visible, by the word of [`bit_word()`].
+#[cube]
+pub fn bit_is_set(word: u32, c: u32) -> bool {
+    (word >> (c % 32u32)) & 1u32 == 1u32
 }
 
 /// Number of the layout that [`BlockPlan::to_words`] writes.

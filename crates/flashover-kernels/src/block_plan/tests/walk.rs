@@ -1,6 +1,6 @@
 //! Reading the flat buffer as a kernel does.
 
-use super::super::flat::{FORMAT, header};
+use super::super::flat::{FORMAT, bit_is_set, bit_word, block_count, block_word, header};
 use super::super::*;
 
 /// The Full blocks and the Partial ones with the words of their bitmaps, of a row or column.
@@ -15,20 +15,27 @@ fn walk(words: &[u32], starts: usize, row: usize) -> Walk {
     (words[full..partial].to_vec(), blocks.collect())
 }
 
-/// The same in the single loop that the layout describes.
+/// The same in the single loop that kernels run: each block with the offset of its bitmap, if it is Partial.
 fn walk_in_one_loop(words: &[u32], starts: usize, row: usize) -> Vec<(u32, Option<u32>)> {
     let at = words[starts] as usize + 2 * row;
     let [full, partial, end] = [0, 1, 2].map(|n| words[at + n]);
-    let count = partial - full;
     let block = |n: u32| {
-        if n < count {
-            (words[(full + n) as usize], None)
-        } else {
-            let at = (partial + 2 * (n - count)) as usize;
-            (words[at], Some(words[at + 1]))
-        }
+        let at = block_word(n, full, partial);
+        (words[at as usize], (at >= partial).then(|| words[at as usize + 1]))
     };
-    (0..count + (end - partial) / 2).map(block).collect()
+    (0..block_count(full, partial, end)).map(block).collect()
+}
+
+/// The bits of a bitmap, in the words that the plan keeps.
+fn read_bits(words: &[u32], bitmap: u32, tile: TileSize) -> Vec<u32> {
+    let width = words[header::ROW_WORDS];
+    let mut out = vec![0; tile.bitmap_words()];
+    for (r, c) in (0..tile.bq).flat_map(|r| (0..tile.bk).map(move |c| (r, c))) {
+        if bit_is_set(words[bit_word(bitmap, width, r, c) as usize], c) {
+            out[(r * width + c / 32) as usize] |= 1 << (c % 32);
+        }
+    }
+    out
 }
 
 /// Checks that the flat buffer of a plan says what the plan says.
@@ -68,7 +75,11 @@ pub(super) fn check(plan: &BlockPlan) {
             let one_loop = walk_in_one_loop(&words, starts, row as usize);
             let listed: Vec<u32> = one_loop.iter().map(|block| block.0).collect();
             assert_eq!(listed, [blocks.full, blocks.partial].concat());
-            assert_eq!(one_loop.iter().filter(|block| block.1.is_none()).count(), blocks.full.len());
+            let offsets: Vec<u32> = one_loop.iter().filter_map(|block| block.1).collect();
+            assert_eq!(offsets.len(), blocks.partial.len());
+            for (&offset, &bitmap) in offsets.iter().zip(blocks.bitmaps) {
+                assert_eq!(read_bits(&words, offset, plan.tile()), plan.bitmap(bitmap));
+            }
             lengths.push(blocks.len());
         }
         assert!(lengths.is_sorted_by(|a, b| a >= b), "longest first: {lengths:?}");
