@@ -25,6 +25,7 @@ mod build;
 pub mod flat;
 mod import;
 mod lists;
+pub mod picture;
 mod refine;
 mod stored;
 #[cfg(test)]
