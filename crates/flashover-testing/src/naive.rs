@@ -25,8 +25,30 @@ pub fn forward(problem: &Problem, inputs: &Inputs) -> (Vec<f64>, Vec<f64>) {
     (o.concat(), lse.concat())
 }
 
-/// Gradients of the same loss as [`crate::oracle::backward`], each in its operand's element type.
+/// Gradients of the same loss as [`crate::oracle::backward`], each in its operand's element type. `o` and `lse` are two
+/// nodes of a graph: each gives gradients in the element type, and those are added.
 pub fn backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
+    let zeros = |x: &[f64]| vec![0.0; x.len()];
+    if inputs.dlse.iter().all(|&x| x == 0.0) {
+        return node_backward(problem, inputs);
+    }
+    let through_o = Inputs { dlse: zeros(&inputs.dlse), ..inputs.clone() };
+    let through_lse = Inputs { do_: zeros(&inputs.do_), ..inputs.clone() };
+    let (x, y) = (node_backward(problem, &through_o), node_backward(problem, &through_lse));
+    let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| {
+        x.zip(y).map(|(x, y)| x.into_iter().zip(y).map(|(x, y)| x + y).collect())
+    };
+    Gradients {
+        q: add(x.q, y.q),
+        k: add(x.k, y.k),
+        v: add(x.v, y.v),
+        bias: add(x.bias, y.bias),
+        alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
+        learned_sinks: add(x.learned_sinks, y.learned_sinks),
+    }
+}
+
+fn node_backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
     let heads = map_heads(problem, |index| {
         let head = Head::new(problem, inputs, index);
         match problem.element {

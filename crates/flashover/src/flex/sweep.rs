@@ -3,9 +3,9 @@
 //! Source: FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2. With `delta_i = Σ do_i ∘ o_i − dlse_i`:
 //!
 //! ```text
-//! s = scale · q kᵀ                p = exp(f(s) − lse)                    [bq, bk], recomputed
+//! s = (scale · q) kᵀ              p = exp(f(s) − lse)                    [bq, bk], recomputed
 //! dp = do vᵀ                      ds = p ∘ (dp − delta) ∘ f′(s)
-//! dv += pᵀ do      dk += scale · dsᵀ q      dq += scale · ds k
+//! dv += pᵀ do      dk += dsᵀ (scale · q)      dq += scale · ds k
 //! ```
 //!
 //! A tile lies queries down and keys across. kᵀ and vᵀ of a key tile are packed once and serve all its query blocks;
@@ -20,7 +20,7 @@ use pulp::{Simd, WithSimd};
 use super::context::{Context, HeadDropout, Tile};
 use super::gemm::{Left, Right, Shape, product, product_where};
 use super::real::{Float, PAD, Real, padded};
-use super::tiles::{Rows, all_finite, rows, rows_scratch, transpose};
+use super::tiles::{Rows, all_finite, rows, rows_scratch, scaled, transpose};
 use super::view::View;
 
 /// Queries of a tile.
@@ -57,9 +57,11 @@ pub(super) struct KeyScratch<R> {
     vt: Vec<R>,
 }
 
-/// One tile: copies of rows of q and do where needed, p and ds, `[BQ, BK]`, and a row of the softcap's derivative.
+/// One tile: copies of rows of q and do where needed, `scale · q`, p and ds, `[BQ, BK]`, and a row of the softcap's
+/// derivative.
 pub(super) struct TileScratch<R> {
     q: Vec<R>,
+    scaled_q: Vec<R>,
     do_: Vec<R>,
     p: Vec<R>,
     pub ds: Vec<R>,
@@ -88,6 +90,7 @@ impl<R: Real> TileScratch<R> {
         let zeros = |n: usize| vec![R::default(); n];
         TileScratch {
             q: zeros(rows_scratch(BQ, problem.head_dim)),
+            scaled_q: zeros(rows_scratch(BQ, problem.head_dim)),
             do_: zeros(rows_scratch(BQ, problem.value_dim)),
             p: zeros(BQ * BK),
             ds: zeros(BQ * BK),
@@ -96,7 +99,8 @@ impl<R: Real> TileScratch<R> {
     }
 
     pub fn bytes(&self) -> usize {
-        let elements = self.q.len() + self.do_.len() + self.p.len() + self.ds.len() + self.slope_of_cap.len();
+        let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap } = self;
+        let elements: usize = [q, scaled_q, do_, p, ds, slope_of_cap].map(Vec::len).iter().sum();
         elements * size_of::<R>()
     }
 }
@@ -164,8 +168,10 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
 ) -> GradientTile<'x, T::Compute> {
     let (b, h) = (tile.b, tile.h);
     let problem = context.problem;
-    let TileScratch { q, do_, p, ds, slope_of_cap } = scratch;
+    let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap } = scratch;
     let q = rows(&context.q, (b, h), tile.i0, tile.rows, q);
+    // As the forward scales them: a key that is alone must get the score again, bit for bit, for its p to be 1.
+    let q = scaled(q, tile.rows, problem.head_dim, context.scale, scaled_q);
     let do_ = rows(&saved.do_, (b, h), tile.i0, tile.rows, do_);
     let shape = Shape { m: tile.rows, n: padded(tile.keys), k: problem.head_dim };
     product(simd, (p, BK), q.left(), keys.kt, shape, false);
@@ -173,7 +179,6 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         product(simd, (ds, BK), do_.left(), keys.vt, Shape { k: problem.value_dim, ..shape }, false);
     }
     let dropout = problem.dropout.map(|dropout| HeadDropout::new(&dropout, problem, b, h));
-    let scale = if context.has_score_functions() { T::Compute::from_f64(1.0) } else { context.scale };
     let mut hides = kind == TileKind::Partial;
     for (r, (p, ds)) in p.chunks_exact_mut(BK).zip(ds.chunks_exact_mut(BK)).take(tile.rows).enumerate() {
         let i = tile.i0 + r;
@@ -186,15 +191,12 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
             continue;
         }
         if context.has_score_functions() {
-            p.iter_mut().for_each(|s| *s *= context.scale);
             context.score_row::<S>(&mut p[..tile.keys], slope_of_cap, tile, i);
         }
         let vectors = ..padded(tile.keys);
         match dropout {
-            None => plain_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta),
-            Some(dropout) => {
-                drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], scale, lse, delta, (&dropout, i, tile.j0))
-            }
+            None => plain_row::<_, S>(&mut p[vectors], &mut ds[vectors], lse, delta),
+            Some(dropout) => drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], lse, delta, (&dropout, i, tile.j0)),
         }
         let (p, ds) = (&mut p[..tile.keys], &mut ds[..tile.keys]);
         if kind == TileKind::Partial {
@@ -219,14 +221,14 @@ pub(super) struct GradientTile<'x, R> {
     hides: bool,
 }
 
-/// `p = exp(scale · s − lse)` and `ds = p ∘ (dp − delta)`, where s and dp stood. Vectors at a time: the rows are padded
+/// `p = exp(s − lse)` and `ds = p ∘ (dp − delta)`, where s and dp stood. Vectors at a time: the rows are padded
 /// by elements that nobody reads.
 #[inline(always)]
-fn plain_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], scale: R, lse: R, delta: R) {
+fn plain_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], lse: R, delta: R) {
     for (p_out, ds_out) in p.as_chunks_mut::<PAD>().0.iter_mut().zip(ds.as_chunks_mut::<PAD>().0) {
         let (mut p, mut ds) = (*p_out, *ds_out);
         for (p, ds) in p.iter_mut().zip(&mut ds) {
-            *p = p.mul_add::<S>(scale, -lse).exp::<S>();
+            *p = (*p - lse).exp::<S>();
             *ds = *p * (*ds - delta);
         }
         (*p_out, *ds_out) = (p, ds);
@@ -238,7 +240,6 @@ fn plain_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], scale: R, lse: R, delt
 fn drop_row<R: Real, S: Simd>(
     p: &mut [R],
     ds: &mut [R],
-    scale: R,
     lse: R,
     delta: R,
     (dropout, i, j0): (&HeadDropout, usize, usize),
@@ -246,7 +247,7 @@ fn drop_row<R: Real, S: Simd>(
     let (row, factor) = (dropout.row(i), R::from_f64(dropout.factor));
     for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
         let multiplier = if dropout.keeps(row, HeadDropout::key(j0 + j)) { factor } else { R::default() };
-        *p = p.mul_add::<S>(scale, -lse).exp::<S>();
+        *p = (*p - lse).exp::<S>();
         *ds = *p * (*ds * multiplier - delta);
         *p *= multiplier;
     }
@@ -295,25 +296,16 @@ impl<T: Float> WithSimd for Sweep<'_, '_, T> {
             }
             key_tile(simd, context, saved, scratch, (&heads, &queries), &tile, blocks, &mut targets);
             let at = j0 - keys.start;
-            store(
-                &scratch.dk,
-                context.scale,
-                tile.keys,
-                context.problem.head_dim,
-                at,
-                &mut scratch.row,
-                &mut targets.dk,
-            );
-            let one = T::Compute::from_f64(1.0);
-            store(&scratch.dv, one, tile.keys, context.problem.value_dim, at, &mut scratch.row, &mut targets.dv);
+            let Problem { head_dim, value_dim, .. } = *context.problem;
+            store(&scratch.dk, tile.keys, head_dim, at, &mut scratch.row, &mut targets.dk);
+            store(&scratch.dv, tile.keys, value_dim, at, &mut scratch.row, &mut targets.dv);
         }
     }
 }
 
-/// `out[at + j] = scale · sums[j]`.
+/// `out[at + j] = sums[j]`.
 fn store<T: Float>(
     sums: &[T::Compute],
-    scale: T::Compute,
     keys: usize,
     width: usize,
     at: usize,
@@ -324,7 +316,7 @@ fn store<T: Float>(
     let out = out[at * width..].chunks_exact_mut(width).take(keys);
     for (sums, out) in sums.chunks_exact(padded(width)).zip(out) {
         let row = &mut row[..width];
-        row.iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum * scale);
+        row.iter_mut().zip(sums).for_each(|(x, &sum)| *x = sum);
         T::narrow_slice(row, out);
     }
 }

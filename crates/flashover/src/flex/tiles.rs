@@ -105,6 +105,24 @@ pub(super) fn transpose<R: Real>(rows: Rows<'_, R>, count: usize, scale: R, out:
     }
 }
 
+/// The rows times a factor, in `out`.
+#[inline(always)]
+pub(super) fn scaled<'a, R: Real>(
+    rows: Rows<'_, R>,
+    count: usize,
+    width: usize,
+    factor: R,
+    out: &'a mut [R],
+) -> Rows<'a, R> {
+    let stride = padded(width);
+    for (r, out) in out.chunks_exact_mut(stride).take(count).enumerate() {
+        let (out, pad) = out.split_at_mut(width);
+        pad.fill(R::default());
+        out.iter_mut().zip(&rows.data[r * rows.stride..]).for_each(|(out, &x)| *out = x * factor);
+    }
+    Rows { data: out, stride }
+}
+
 /// Whether no element of the rows is NaN or infinite.
 #[inline(always)]
 pub(super) fn all_finite<R: Real>(rows: Rows<'_, R>, count: usize, width: usize) -> bool {

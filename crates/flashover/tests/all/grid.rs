@@ -29,7 +29,9 @@ pub fn check(case: &Case, devices: &[Device]) -> Result<(), String> {
     for device in devices {
         let start = Instant::now();
         if let Err(message) = check_on(case, &inputs, &references, device) {
-            failures.push(format!("{} on {device:?}:\n{message}", case.name()));
+            let failure = format!("{} on {device:?}:\n{message}", case.name());
+            println!("FAILED {failure}");
+            failures.push(failure);
         }
         times.push(start.elapsed().as_secs_f64());
     }
