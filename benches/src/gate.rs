@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use flashover_testing::bridge;
 use flashover_testing::data::Inputs;
-use flashover_testing::tolerance;
+use flashover_testing::tolerance::References;
 
 use crate::case::Case;
 
@@ -16,7 +16,8 @@ pub fn check(case: &Case, device: &Device) -> Result<(), String> {
     let problem = &short.problem;
     let inputs = Inputs::random(problem, 17);
     let actual = bridge::run(problem, &inputs, true, &device.clone().autodiff()).map_err(|error| error.to_string())?;
-    tolerance::check_forward(problem, &inputs, &actual.o, &actual.lse)?;
-    tolerance::check_gradients(problem, &inputs, &actual.gradients)?;
+    let references = References::of(problem, &inputs);
+    references.check_forward(&actual.o, &actual.lse)?;
+    references.check_gradients(actual.gradients)?;
     Ok(())
 }

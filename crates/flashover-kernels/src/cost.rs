@@ -56,7 +56,7 @@ pub fn portable_forward(problem: &Problem, tile: TileConfig, with_lse: bool) -> 
     let mut costs = model.fill();
     let written = model.o + if with_lse { model.statistic } else { 0 };
     let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
-    let bindings = 4 + model.bias_bound + model.scratch_bound + usize::from(with_lse);
+    let bindings = 5 + model.bias_bound + usize::from(with_lse);
     costs.push(model.tiled("forward", model.products(1, 1), bytes, bindings));
     costs
 }
@@ -76,10 +76,16 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     let mut costs = model.fill();
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
-    let bytes = 2 * model.o + model.statistic + dlse + statistics;
-    costs.push(model.small("row_statistics", bytes, 4 + usize::from(with_dlse), 0));
+    let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
+    if portable::exact_delta(problem) {
+        let bytes = model.statistic + dlse + statistics;
+        costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
+        costs.push(model.tiled("delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
+    } else {
+        let bytes = 2 * model.o + model.statistic + dlse + statistics;
+        costs.push(model.small("row_statistics", bytes, 4 + usize::from(with_dlse), 0));
+    }
     if scores {
-        let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
         let heads = (problem.heads_q * size_of::<f32>()) as u64;
         let partials = (tiles * size_of::<f32>()) as u64;
         if q || slopes {
@@ -124,7 +130,6 @@ struct Model<'a> {
     statistic: u64,
     bias: u64,
     bias_bound: usize,
-    scratch_bound: usize,
     scratch_bytes: usize,
 }
 
@@ -145,7 +150,6 @@ impl<'a> Model<'a> {
             statistic: (batch * heads_q * seq_q * size_of::<f32>()) as u64,
             bias: bytes(bias.map_or(0, |shape| shape.iter().product())),
             bias_bound: usize::from(bias.is_some()),
-            scratch_bound: usize::from(scratch_bytes > 0),
             scratch_bytes,
         }
     }

@@ -1,5 +1,7 @@
 //! Tensors on a device, what the device can do, and why a kernel cannot run on it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use cubecl::ir::FloatKind;
 use cubecl::ir::features::TypeUsage;
 use cubecl::prelude::*;
@@ -21,6 +23,15 @@ pub struct DeviceTensor {
     pub elem: ElemType,
 }
 
+/// Whether new tensors start as NaN.
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// From now on, outputs and scratch memory of all launches start as NaN, so that a test sees what a kernel did not write.
+#[doc(hidden)]
+pub fn poison_new_tensors() {
+    POISON.store(true, Ordering::Relaxed);
+}
+
 impl DeviceTensor {
     /// A tensor whose elements lie in row-major order.
     pub fn contiguous(handle: Handle, shape: &[usize], elem: ElemType) -> Self {
@@ -33,8 +44,14 @@ impl DeviceTensor {
 
     /// A contiguous tensor of unspecified content.
     pub fn empty(client: &Client, shape: &[usize], elem: ElemType) -> Self {
-        let elements: usize = shape.iter().product();
-        Self::contiguous(client.empty(elements * elem.size()), shape, elem)
+        let bytes = shape.iter().product::<usize>() * elem.size();
+        let handle = if POISON.load(Ordering::Relaxed) {
+            // All bits set is NaN in every element type.
+            client.create_from_slice(&vec![u8::MAX; bytes])
+        } else {
+            client.empty(bytes)
+        };
+        Self::contiguous(handle, shape, elem)
     }
 
     /// A contiguous tensor of zeros.

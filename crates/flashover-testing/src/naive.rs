@@ -2,10 +2,6 @@
 //! type, products and sums run in f32 (in f64 for an f64 problem). Its distance from the oracle is the measure of what
 //! the element type allows; it serves [`crate::tolerance`] and nothing else.
 //!
-//! Its backward is the plain one of the FlashAttention paper (Appendix B.2) with every matrix materialised: it starts from
-//! the saved output and log-sum-exp, `p = exp(s − lse)` and `delta = rowsum(do ∘ o)`, with the precision in which the
-//! contract saves them.
-//!
 //! Unlike the oracle it lets a NaN of a hidden value through (0 · NaN), as frameworks do.
 
 use flashover_kernels::operands::Gradients;
@@ -29,30 +25,8 @@ pub fn forward(problem: &Problem, inputs: &Inputs) -> (Vec<f64>, Vec<f64>) {
     (o.concat(), lse.concat())
 }
 
-/// Gradients of the same loss as [`crate::oracle::backward`], each in its operand's element type. The two outputs are two
-/// nodes of a graph: each gives gradients in the element type, and those are added.
+/// Gradients of the same loss as [`crate::oracle::backward`], each in its operand's element type.
 pub fn backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
-    let zeros = |x: &[f64]| vec![0.0; x.len()];
-    if inputs.dlse.iter().all(|&x| x == 0.0) {
-        return node_backward(problem, inputs);
-    }
-    let through_o = Inputs { dlse: zeros(&inputs.dlse), ..inputs.clone() };
-    let through_lse = Inputs { do_: zeros(&inputs.do_), ..inputs.clone() };
-    let (x, y) = (node_backward(problem, &through_o), node_backward(problem, &through_lse));
-    let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| {
-        x.zip(y).map(|(x, y)| x.into_iter().zip(y).map(|(x, y)| x + y).collect())
-    };
-    Gradients {
-        q: add(x.q, y.q),
-        k: add(x.k, y.k),
-        v: add(x.v, y.v),
-        bias: add(x.bias, y.bias),
-        alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
-        learned_sinks: add(x.learned_sinks, y.learned_sinks),
-    }
-}
-
-fn node_backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
     let heads = map_heads(problem, |index| {
         let head = Head::new(problem, inputs, index);
         match problem.element {
@@ -77,13 +51,13 @@ fn node_backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
 
 /// The matrices of a head that a framework keeps for its backward, `[Sq, Skv]`, each in the element type.
 struct Kept<T> {
-    /// Scores after everything, −∞ where hidden.
-    s: Vec<T>,
     /// Probabilities.
     p: Vec<T>,
     /// Hyperbolic tangent of the capped scores; empty without a softcap.
     tanh: Vec<T>,
-    /// `[Sq]`, as it is saved.
+    /// Share of the learned sink in the denominator, `[Sq]`; 0 without one.
+    sink: Vec<T>,
+    /// `[Sq]`.
     lse: Vec<T>,
 }
 
@@ -93,8 +67,7 @@ impl<T: Real> Kept<T> {
         let k = transpose(&narrow::<T>(head.k), seq_kv, head_dim);
         let mut s = rounded(matmul(&narrow(head.q), &k, seq_q, head_dim, seq_kv), element);
         let mut tanh = vec![T::ZERO; if softcap.is_some() { s.len() } else { 0 }];
-        let mut p = s.clone();
-        let mut lse = vec![T::NEG_INFINITY; seq_q];
+        let (mut sink, mut lse) = (vec![T::ZERO; seq_q], vec![T::NEG_INFINITY; seq_q]);
         for i in 0..seq_q {
             for (j, s) in s[i * seq_kv..][..seq_kv].iter_mut().enumerate() {
                 *s = (*s * T::of(scale)).rounded(element);
@@ -113,22 +86,19 @@ impl<T: Real> Kept<T> {
                     *s = T::NEG_INFINITY;
                 }
             }
-            let row = i * seq_kv..(i + 1) * seq_kv;
-            p[row.clone()].copy_from_slice(&s[row.clone()]);
-            let exact = softmax(&mut p[row], head.sink.map(T::of), element);
-            lse[i] = if element == Element::F64 { exact } else { exact.rounded(Element::F32) };
+            (sink[i], lse[i]) = softmax(&mut s[i * seq_kv..][..seq_kv], head.sink.map(T::of), element);
         }
-        Kept { s, p, tanh, lse }
+        Kept { p: s, tanh, sink, lse }
     }
 }
 
-/// Turns a row of scores into probabilities; the log-sum-exp.
-fn softmax<T: Real>(row: &mut [T], sink: Option<T>, element: Element) -> T {
+/// Turns a row of scores into probabilities; the share of the sink, and the log-sum-exp.
+fn softmax<T: Real>(row: &mut [T], sink: Option<T>, element: Element) -> (T, T) {
     let m = row.iter().fold(sink.unwrap_or(T::NEG_INFINITY), |m, &s| m.larger(s));
     // A framework would divide 0 by 0 in a row that sees nothing; the contract asks for zeros.
     if m == T::NEG_INFINITY && row.iter().all(|&s| s == T::NEG_INFINITY) {
         row.fill(T::ZERO);
-        return T::NEG_INFINITY;
+        return (T::ZERO, T::NEG_INFINITY);
     }
     let mut l = sink.map_or(T::ZERO, |logit| (logit - m).exp());
     for s in row.iter_mut() {
@@ -138,25 +108,20 @@ fn softmax<T: Real>(row: &mut [T], sink: Option<T>, element: Element) -> T {
     for s in row.iter_mut() {
         *s = (*s / l).rounded(element);
     }
-    m + l.ln()
+    (sink.map_or(T::ZERO, |logit| (logit - m).exp() / l), m + l.ln())
 }
 
 fn head_forward<T: Real>(head: &Head) -> (Vec<f64>, Vec<f64>) {
-    let kept = Kept::<T>::of(head);
-    let o = output(head, kept.p);
-    (wide(o), wide(rounded(kept.lse, Element::F32)))
-}
-
-fn output<T: Real>(head: &Head, p: Vec<T>) -> Vec<T> {
     let Problem { element, seq_q, seq_kv, value_dim, .. } = *head.problem;
-    rounded(matmul(&dropped(head, p), &narrow(head.v), seq_q, seq_kv, value_dim), element)
+    let kept = Kept::<T>::of(head);
+    let dropped = dropped(head, kept.p);
+    let o = rounded(matmul(&dropped, &narrow(head.v), seq_q, seq_kv, value_dim), element);
+    (wide(o), wide(rounded(kept.lse, Element::F32)))
 }
 
 fn head_backward<T: Real>(head: &Head) -> HeadGradients {
     let Problem { element, seq_q, seq_kv, head_dim, value_dim, scale, softcap, bias, .. } = *head.problem;
-    let Kept { s, p, tanh, lse } = Kept::<T>::of(head);
-    let o = output(head, p);
-    let p: Vec<T> = s.iter().enumerate().map(|(n, &s)| recomputed(s, lse[n / seq_kv]).rounded(element)).collect();
+    let Kept { p, tanh, sink, lse } = Kept::<T>::of(head);
     let do_ = narrow::<T>(head.do_);
     let v = transpose(&narrow::<T>(head.v), seq_kv, value_dim);
     let dropped_transposed = transpose(&dropped(head, p.clone()), seq_q, seq_kv);
@@ -167,14 +132,13 @@ fn head_backward<T: Real>(head: &Head) -> HeadGradients {
     let mut bias_gradient = vec![T::ZERO; bias.map_or(0, |[.., rows, keys]| rows * keys)];
     let (mut slope_gradient, mut sink_gradient) = (T::ZERO, T::ZERO);
     for i in 0..seq_q {
+        let row = i * seq_kv..(i + 1) * seq_kv;
         let mut delta = if lse[i] == T::NEG_INFINITY { T::ZERO } else { -T::of(head.dlse[i]) };
-        for (&o, &do_) in o[i * value_dim..][..value_dim].iter().zip(&do_[i * value_dim..]) {
-            delta += do_ * o;
+        for (&p, &dp) in p[row.clone()].iter().zip(&ds[row.clone()]) {
+            delta += p * dp;
         }
-        if let Some(logit) = head.sink {
-            sink_gradient += -(recomputed(T::of(logit), lse[i]) * delta);
-        }
-        for (j, index) in (i * seq_kv..(i + 1) * seq_kv).enumerate() {
+        sink_gradient += -(sink[i] * delta);
+        for (j, index) in row.enumerate() {
             let mut x = (p[index] * (ds[index] - delta)).rounded(element);
             if let Some([.., rows, keys]) = bias {
                 bias_gradient[i % rows * keys + j % keys] += x;
@@ -199,11 +163,6 @@ fn head_backward<T: Real>(head: &Head) -> HeadGradients {
         slope: slope_gradient.wide(),
         sink: sink_gradient.wide(),
     }
-}
-
-/// `exp(s − lse)`; nothing is likely in a row that sees nothing.
-fn recomputed<T: Real>(s: T, lse: T) -> T {
-    if lse == T::NEG_INFINITY { T::ZERO } else { (s - lse).exp() }
 }
 
 /// A matrix `[Sq, Skv]` after dropout, rounded.

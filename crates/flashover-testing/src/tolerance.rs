@@ -43,101 +43,118 @@ fn naive_error(expected: &[f64], naive: &[f64]) -> f64 {
     errors.fold(0.0, f64::max)
 }
 
-/// Holds `actual` against the oracle's `expected`: within the budget where that is finite, the same infinity where it
-/// is infinite, NaN where it is NaN. The error names the worst element of the kind that failed first.
-pub fn check(name: &str, expected: &[f64], naive: &[f64], actual: &[f64]) -> Result<Report, String> {
-    check_within(name, expected, budget(expected, naive), actual)
+/// What the results of a problem are held against. It takes far longer than attention itself, so it is computed once for
+/// all backends.
+pub struct References {
+    o: Reference,
+    lse: Reference,
+    /// In the order q, k, v, bias, slopes, sinks; `None` where the problem has no such operand.
+    gradients: [Option<Reference>; 6],
 }
 
-fn check_within(name: &str, expected: &[f64], budget: f64, actual: &[f64]) -> Result<Report, String> {
-    if actual.len() != expected.len() {
-        return Err(format!("{name}: expected {} elements, found {}", expected.len(), actual.len()));
-    }
-    let mut worst = Report { name: name.to_string(), error: 0.0, index: 0, budget };
-    for (index, (&e, &a)) in expected.iter().zip(actual).enumerate() {
-        let error = (a - e).abs();
-        let wrong_kind = if e.is_finite() { !a.is_finite() } else { !(a == e || a.is_nan() && e.is_nan()) };
-        if wrong_kind {
-            return Err(format!("{name}[{index}]: expected {e}, found {a}, budget {budget:.3e}"));
-        }
-        if e.is_finite() && error > worst.error {
-            worst = Report { error, index, ..worst };
-        }
-    }
-    if worst.error > budget {
-        let (index, error) = (worst.index, worst.error);
-        let over = expected.iter().zip(actual).filter(|(e, a)| (*a - *e).abs() > budget).count();
-        return Err(format!(
-            "{name}[{index}]: expected {}, found {}, error {error:.3e}, budget {budget:.3e}; {over} of {} are over",
-            expected[index],
-            actual[index],
-            expected.len(),
-        ));
-    }
-    Ok(worst)
+/// The oracle's tensor and how far another may be from it.
+struct Reference {
+    expected: Vec<f64>,
+    budget: f64,
 }
 
-/// [`check`] of both outputs of a forward; the error lists every tensor that failed.
-pub fn check_forward(problem: &Problem, inputs: &Inputs, o: &[f64], lse: &[f64]) -> Result<Vec<Report>, String> {
-    let (expected, reference) = (oracle::forward(problem, inputs), naive::forward(problem, inputs));
-    collect([check("o", &expected.0, &reference.0, o), check("lse", &expected.1, &reference.1, lse)])
-}
+/// Names of the gradients, in the order in which they are kept here.
+const GRADIENTS: [&str; 6] = ["dq", "dk", "dv", "dbias", "dalibi_slopes", "dlearned_sinks"];
 
-/// [`check`] of every gradient that is given, each apart; one of an operand that the problem lacks is an error.
-/// Gradients that were not [`Wanted`](flashover_kernels::operands::Wanted) are left `None`.
-pub fn check_gradients(
-    problem: &Problem,
-    inputs: &Inputs,
-    actual: &Gradients<Vec<f64>>,
-) -> Result<Vec<Report>, String> {
-    let (expected, reference) = (oracle::backward(problem, inputs), naive::backward(problem, inputs));
-    let named = |g: Gradients<Vec<f64>>| {
-        [
-            ("dq", g.q),
-            ("dk", g.k),
-            ("dv", g.v),
-            ("dbias", g.bias),
-            ("dalibi_slopes", g.alibi_slopes),
-            ("dlearned_sinks", g.learned_sinks),
-        ]
-    };
-    let mut errors = naive_errors(&expected, &reference);
-    let smallest = named(expected.clone()).into_iter().zip(named(actual.clone()));
-    let smallest = smallest.filter_map(|((_, expected), (_, actual))| actual.and(expected)).map(|x| x.len());
-    // An empty tensor has no error however often it is drawn.
-    let smallest = smallest.filter(|&len| len > 0).min().unwrap_or(SAMPLE);
-    for draw in 1..SAMPLE.div_ceil(smallest) {
-        let drawn = inputs.redrawn(problem, draw as u64);
-        let more = naive_errors(&oracle::backward(problem, &drawn), &naive::backward(problem, &drawn));
-        for (n, (error, more)) in errors.iter_mut().zip(more).enumerate() {
-            let few = named(expected.clone())[n].1.as_ref().is_some_and(|x| x.len() * draw < SAMPLE);
-            if few {
-                *error = error.max(more);
+impl References {
+    /// Runs the oracle and the naive reference.
+    pub fn of(problem: &Problem, inputs: &Inputs) -> Self {
+        let ((o, lse), naive) = (oracle::forward(problem, inputs), naive::forward(problem, inputs));
+        let expected = ordered(oracle::backward(problem, inputs));
+        let mut errors = naive_errors(&expected, &ordered(naive::backward(problem, inputs)));
+        // An empty tensor has no error however often it is drawn.
+        let smallest = expected.iter().flatten().map(Vec::len).filter(|&len| len > 0).min().unwrap_or(SAMPLE);
+        for draw in 1..SAMPLE.div_ceil(smallest) {
+            let drawn = inputs.redrawn(problem, draw as u64);
+            let expected_then = ordered(oracle::backward(problem, &drawn));
+            let more = naive_errors(&expected_then, &ordered(naive::backward(problem, &drawn)));
+            for ((error, more), expected) in errors.iter_mut().zip(more).zip(&expected) {
+                if expected.as_ref().is_some_and(|x| x.len() * draw < SAMPLE) {
+                    *error = error.max(more);
+                }
             }
         }
+        let mut errors = errors.into_iter();
+        References {
+            o: Reference::of(o, &naive.0),
+            lse: Reference::of(lse, &naive.1),
+            gradients: expected.map(|expected| {
+                let error = errors.next().expect("an error a gradient");
+                expected.map(|expected| Reference { expected, budget: 2.0 * error + FLOOR })
+            }),
+        }
     }
-    let checks = named(expected).into_iter().zip(named(actual.clone())).zip(errors);
-    collect(checks.filter_map(|(((name, expected), (_, actual)), error)| {
-        let actual = actual?;
-        Some(match expected {
-            Some(expected) => check_within(name, &expected, 2.0 * error + FLOOR, &actual),
-            None => Err(format!("{name}: expected none, the problem has no such operand, found {}", actual.len())),
-        })
-    }))
+
+    /// Holds both outputs of a forward against the oracle; the error lists every tensor that failed.
+    pub fn check_forward(&self, o: &[f64], lse: &[f64]) -> Result<Vec<Report>, String> {
+        collect([self.o.check("o", o), self.lse.check("lse", lse)])
+    }
+
+    /// Holds every gradient that is given against the oracle, each apart; one of an operand that the problem lacks is an
+    /// error. Gradients that were not [`Wanted`](flashover_kernels::operands::Wanted) are left `None`.
+    pub fn check_gradients(&self, actual: Gradients<Vec<f64>>) -> Result<Vec<Report>, String> {
+        let checks = GRADIENTS.iter().zip(&self.gradients).zip(ordered(actual));
+        collect(checks.filter_map(|((name, reference), actual)| {
+            let actual = actual?;
+            Some(match reference {
+                Some(reference) => reference.check(name, &actual),
+                None => Err(format!("{name}: expected none, the problem has no such operand, found {}", actual.len())),
+            })
+        }))
+    }
 }
 
-/// Errors of the naive gradients, in the order q, k, v, bias, slopes, sinks; 0 for one that is not there.
-fn naive_errors(expected: &Gradients<Vec<f64>>, naive: &Gradients<Vec<f64>>) -> [f64; 6] {
-    let (e, n) = (expected, naive);
-    let pairs = [
-        (&e.q, &n.q),
-        (&e.k, &n.k),
-        (&e.v, &n.v),
-        (&e.bias, &n.bias),
-        (&e.alibi_slopes, &n.alibi_slopes),
-        (&e.learned_sinks, &n.learned_sinks),
-    ];
-    pairs.map(|(expected, naive)| match (expected, naive) {
+impl Reference {
+    fn of(expected: Vec<f64>, naive: &[f64]) -> Self {
+        Reference { budget: budget(&expected, naive), expected }
+    }
+
+    /// Holds `actual` against `expected`: within the budget where that is finite, the same infinity where it is infinite,
+    /// NaN where it is NaN. The error names the worst element of the kind that failed first.
+    fn check(&self, name: &str, actual: &[f64]) -> Result<Report, String> {
+        let Reference { expected, budget } = self;
+        let budget = *budget;
+        if actual.len() != expected.len() {
+            return Err(format!("{name}: expected {} elements, found {}", expected.len(), actual.len()));
+        }
+        let mut worst = Report { name: name.to_string(), error: 0.0, index: 0, budget };
+        for (index, (&e, &a)) in expected.iter().zip(actual).enumerate() {
+            let error = (a - e).abs();
+            let wrong_kind = if e.is_finite() { !a.is_finite() } else { !(a == e || a.is_nan() && e.is_nan()) };
+            if wrong_kind {
+                return Err(format!("{name}[{index}]: expected {e}, found {a}, budget {budget:.3e}"));
+            }
+            if e.is_finite() && error > worst.error {
+                worst = Report { error, index, ..worst };
+            }
+        }
+        if worst.error > budget {
+            let (index, error) = (worst.index, worst.error);
+            let over = expected.iter().zip(actual).filter(|(e, a)| (*a - *e).abs() > budget).count();
+            return Err(format!(
+                "{name}[{index}]: expected {}, found {}, error {error:.3e}, budget {budget:.3e}; {over} of {} are over",
+                expected[index],
+                actual[index],
+                expected.len(),
+            ));
+        }
+        Ok(worst)
+    }
+}
+
+fn ordered(gradients: Gradients<Vec<f64>>) -> [Option<Vec<f64>>; 6] {
+    let Gradients { q, k, v, bias, alibi_slopes, learned_sinks } = gradients;
+    [q, k, v, bias, alibi_slopes, learned_sinks]
+}
+
+/// Errors of the naive gradients; 0 for one that is not there.
+fn naive_errors(expected: &[Option<Vec<f64>>; 6], naive: &[Option<Vec<f64>>; 6]) -> [f64; 6] {
+    std::array::from_fn(|n| match (&expected[n], &naive[n]) {
         (Some(expected), Some(naive)) => naive_error(expected, naive),
         _ => 0.0,
     })
@@ -158,6 +175,10 @@ mod tests {
 
     use super::*;
     use crate::small;
+
+    fn check(name: &str, expected: &[f64], naive: &[f64], actual: &[f64]) -> Result<Report, String> {
+        Reference::of(expected.to_vec(), naive).check(name, actual)
+    }
 
     const NAN: f64 = f64::NAN;
     const LOWEST: f64 = f64::NEG_INFINITY;
@@ -201,12 +222,13 @@ mod tests {
         let problem = Problem { learned_sinks: true, ..problem };
         let inputs = Inputs::random(&problem, 0);
         let (o, lse) = naive::forward(&problem, &inputs);
-        assert_eq!(check_forward(&problem, &inputs, &o, &lse).unwrap().len(), 2);
+        let references = References::of(&problem, &inputs);
+        assert_eq!(references.check_forward(&o, &lse).unwrap().len(), 2);
         let g = naive::backward(&problem, &inputs);
-        assert_eq!(check_gradients(&problem, &inputs, &g).unwrap().len(), 6);
+        assert_eq!(references.check_gradients(g.clone()).unwrap().len(), 6);
 
         let spoil = |tensor: &[f64]| tensor.iter().map(|x| x + 1e-2).collect::<Vec<_>>();
-        let message = check_forward(&problem, &inputs, &spoil(&o), &spoil(&lse)).unwrap_err();
+        let message = references.check_forward(&spoil(&o), &spoil(&lse)).unwrap_err();
         assert!(message.starts_with("o[") && message.contains("\nlse["), "{message}");
         for (name, spoilt) in [
             ("dq[", Gradients { q: g.q.as_deref().map(spoil), ..g.clone() }),
@@ -216,12 +238,12 @@ mod tests {
             ("dalibi_slopes[", Gradients { alibi_slopes: g.alibi_slopes.as_deref().map(spoil), ..g.clone() }),
             ("dlearned_sinks[", Gradients { learned_sinks: g.learned_sinks.as_deref().map(spoil), ..g.clone() }),
         ] {
-            let message = check_gradients(&problem, &inputs, &spoilt).unwrap_err();
+            let message = references.check_gradients(spoilt).unwrap_err();
             assert!(message.starts_with(name) && !message.contains('\n'), "{message}");
         }
         let bare = Problem { learned_sinks: false, ..problem };
-        let message =
-            check_gradients(&bare, &inputs, &Gradients { learned_sinks: g.learned_sinks, ..Gradients::default() });
+        let sinks = Gradients { learned_sinks: g.learned_sinks, ..Gradients::default() };
+        let message = References::of(&bare, &Inputs::random(&bare, 0)).check_gradients(sinks);
         assert_eq!(message.unwrap_err(), "dlearned_sinks: expected none, the problem has no such operand, found 4");
     }
 }

@@ -116,8 +116,9 @@ pub fn explain(
         let flops = products(problem, 1, 1);
         answer.forward = vec![Step { launch: crate::flex::forward_launch(problem), flops, bytes }];
         if tracked {
-            // S and dQ and dK over D; dP and dV over Dv.
-            let flops = products(problem, 3, 2);
+            // S and dQ and dK over D; dP and dV over Dv; and for element types that need an exact delta, S and dP again.
+            let again = u64::from(problem.element.bytes() < size_of::<f32>());
+            let flops = products(problem, 3 + again, 2 + again);
             let launch = crate::flex::backward_launch(problem, wanted);
             answer.backward = vec![Step { launch, flops, bytes: 2 * bytes }];
         }

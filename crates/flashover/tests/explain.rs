@@ -1,7 +1,7 @@
 //! `explain` says beforehand what the launches then record. A program of its own, with one test: the launch log hears
 //! every thread of the process.
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
 use flashover::kernels::launch_log;
 use flashover::{AttentionOptions, attention, explain};
 
@@ -9,11 +9,13 @@ use flashover::{AttentionOptions, attention, explain};
 #[allow(dead_code)]
 mod devices;
 
-fn holds(device: &Device, options: fn(&Device) -> AttentionOptions) {
+fn holds(device: &Device, dtype: DType, options: fn(&Device, DType) -> AttentionOptions) {
     let device = device.clone().autodiff();
-    let normal = |shape: [usize; 4]| Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let normal = |shape: [usize; 4]| {
+        Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device).cast(dtype).detach().require_grad()
+    };
     let (q, k, v) = (normal([2, 4, 70, 24]), normal([2, 2, 90, 24]), normal([2, 2, 90, 40]));
-    let options = options(&device);
+    let options = options(&device, dtype);
     let answer = explain(&q, &k, &v, &options).expect("a sound call");
     let launches = |work: &dyn Fn()| {
         let ((), launches) = launch_log::listen(|| {
@@ -37,13 +39,13 @@ fn holds(device: &Device, options: fn(&Device) -> AttentionOptions) {
     assert!(answer.to_string().contains(&answer.reason));
 }
 
-fn plain(_: &Device) -> AttentionOptions {
+fn plain(_: &Device, _: DType) -> AttentionOptions {
     AttentionOptions::new().causal()
 }
 
-fn everything(device: &Device) -> AttentionOptions {
+fn everything(device: &Device, dtype: DType) -> AttentionOptions {
     let vector = |n: usize| Tensor::<1>::ones([n], device).require_grad();
-    let bias = Tensor::<4>::ones([1, 4, 1, 90], device).require_grad();
+    let bias = Tensor::<4>::ones([1, 4, 1, 90], device).cast(dtype).detach().require_grad();
     let mask = Tensor::from_bool(burn::tensor::TensorData::new(vec![false; 90], [1, 1, 1, 90]), device);
     let lengths = Tensor::from_ints([80, 90], device);
     let options = AttentionOptions::new().sliding_window(20).visible_sinks(2).softcap(5.0).dropout(0.1, 7);
@@ -53,13 +55,17 @@ fn everything(device: &Device) -> AttentionOptions {
 
 #[test]
 fn explain_holds_against_the_launch_log() {
-    holds(&devices::flex(), plain);
-    holds(&devices::flex(), everything);
-    match devices::gpu() {
-        Some(device) => {
-            holds(&device, plain);
-            holds(&device, everything);
-        }
-        None => devices::skip("explain::gpu", "this build has no GPU backend"),
+    let holds_on = |device: &Device, dtype: DType| {
+        holds(device, dtype, plain);
+        holds(device, dtype, everything);
+    };
+    holds_on(&devices::flex(), DType::F32);
+    holds_on(&devices::flex(), DType::F16);
+    let Some(device) = devices::gpu() else { return devices::skip("explain", "this build has no GPU backend") };
+    holds_on(&device, DType::F32);
+    if device.supports_dtype(DType::F16) {
+        holds_on(&device, DType::F16);
+    } else {
+        devices::skip("explain", "the GPU has no f16");
     }
 }

@@ -5,10 +5,11 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Flags, Numbers, head_of};
+use super::element::{Numbers, head_of};
 use super::gradient::{Side, score_gradients, statistics};
 use super::tile::{
-    LANES, PIECE, TileConfig, V4, head_rows, product_scores, product_values, store_lanes, store_weights, unit_place,
+    LANES, PIECE, TileConfig, V4, chunk_count, head_rows, product_scores, product_values, store_lanes, store_weights,
+    unit_place,
 };
 use super::walk::{key_tiles, query_tiles, tile_is_full};
 
@@ -24,7 +25,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     scratch: &mut [u32],
     mut dq: ComptimeOption<Box<[E]>>,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
     #[comptime] with_dq: bool,
     #[comptime] with_slopes: bool,
     #[comptime] chunks: usize,
@@ -57,14 +58,13 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     for x in 0..chunks * LANES {
         acc[x] = V4::new(0.0f32);
     }
-    let words = ComptimeOption::new_Some(&*scratch);
-    let at = head_of::<E>(b, h, words, bias, n, flags);
-    let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n, flags);
+    let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
+    let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
 
     let walk = key_tiles(i0, at.keys, n, tile);
     for t in 0..walk.sink_tiles + walk.window_tiles {
         let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
-        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, flags);
+        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
         product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
         product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
         slope += score_gradients::<E>(
@@ -75,12 +75,13 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             j0 + tx,
             full,
             at,
-            words,
+            &*scratch,
             bias,
             n,
             true,
+            with_slopes,
             Side::Queries,
-            flags,
+            with_bias,
             tile,
         );
         if with_dq {
@@ -95,7 +96,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             if i < n.seq_q {
                 let row = head as usize * n.seq_q as usize + i as usize;
                 #[unroll(tile.unroll)]
-                for chunk in 0..chunks {
+                for chunk in 0..chunk_count(n.head_dim, chunks, tile) {
                     let d = chunk as u32 * bk + tx * comptime!(LANES as u32);
                     let x = acc[chunk * LANES + r];
                     store_lanes::<E>(x, 1.0f32, true, dq.as_mut().unwrap(), row, d, n.head_dim);
@@ -130,7 +131,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     mut dk: ComptimeOption<Box<[E]>>,
     mut dv: ComptimeOption<Box<[E]>>,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
     #[comptime] with_dk: bool,
     #[comptime] with_dv: bool,
     #[comptime] chunks_k: usize,
@@ -165,18 +166,17 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     for x in 0..chunks_v * LANES {
         acc_v[x] = V4::new(0.0f32);
     }
-    let words = ComptimeOption::new_Some(scratch);
 
     for g in 0..group {
         let h = kv * group + g;
-        let at = head_of::<E>(b, h, words, bias, n, flags);
+        let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
         let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
         let walk = query_tiles(j0, at.keys, n, tile);
         for t in walk.first..walk.end {
             let i0 = t * bq;
-            let full = tile_is_full(i0, tile.cols(), j0, tile.rows(), at.keys, n, flags);
-            let stats = statistics(i0 + tx, tile.col_units, at, scratch, n, flags);
+            let full = tile_is_full(i0, tile.cols(), j0, tile.rows(), at.keys, n, with_bias);
+            let stats = statistics(i0 + tx, tile.col_units, at, scratch, n);
             product_scores::<E>(k, k_rows, j0, q, q_rows, i0, &mut s, &mut stage, tile);
             if with_dk {
                 let v = v.unwrap();
@@ -191,12 +191,13 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 j0 + ty,
                 full,
                 at,
-                words,
+                scratch,
                 bias,
                 n,
                 true,
+                false,
                 Side::Keys,
-                flags,
+                with_bias,
                 tile,
             );
             if with_dv {
@@ -217,7 +218,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
             let row = head as usize * n.seq_kv as usize + j as usize;
             if with_dk {
                 #[unroll(tile.unroll)]
-                for chunk in 0..chunks_k {
+                for chunk in 0..chunk_count(n.head_dim, chunks_k, tile) {
                     let d = chunk as u32 * bq + tx * comptime!(LANES as u32);
                     let x = acc_k[chunk * LANES + r];
                     store_lanes::<E>(x, 1.0f32, true, dk.as_mut().unwrap(), row, d, n.head_dim);
@@ -225,7 +226,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
             }
             if with_dv {
                 #[unroll(tile.unroll)]
-                for chunk in 0..chunks_v {
+                for chunk in 0..chunk_count(n.value_dim, chunks_v, tile) {
                     let d = chunk as u32 * bq + tx * comptime!(LANES as u32);
                     let x = acc_v[chunk * LANES + r];
                     store_lanes::<E>(x, 1.0f32, true, dv.as_mut().unwrap(), row, d, n.value_dim);

@@ -6,20 +6,9 @@ use crate::dropout::{dropout_keeps, dropout_row};
 use crate::mask::band_allows;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 
-/// Which parts of a problem are compiled in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Flags {
-    pub softcap: bool,
-    pub alibi: bool,
-    pub bias: bool,
-    pub mask: bool,
-    pub key_lengths: bool,
-    pub learned_sinks: bool,
-    pub dropout: bool,
-}
-
-/// The numbers of a problem, given at run time so that other lengths, windows or seeds do not compile anew.
-/// The `…_at` are offsets into the scratch buffer, in words.
+/// The numbers of a problem, and with them its options, given at run time: a kernel is compiled once for all lengths,
+/// windows and options, a bias excepted, which takes a binding. The `…_at` are offsets into the scratch buffer in words,
+/// 0 where the problem lacks what would stand there.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Numbers {
@@ -31,6 +20,7 @@ pub(crate) struct Numbers {
     pub head_dim: u32,
     pub value_dim: u32,
     pub scale: f32,
+    /// 0 without a softcap.
     pub softcap: f32,
     pub ahead: i32,
     pub left: i32,
@@ -38,6 +28,7 @@ pub(crate) struct Numbers {
     pub sinks: i32,
     pub seed_low: u32,
     pub seed_high: u32,
+    /// Dropout keeps what hashes to this or more: everything, at 0.
     pub threshold: u32,
     pub factor: f32,
     /// −∞, which WGSL cannot write down.
@@ -78,26 +69,26 @@ pub(crate) struct Head {
 pub(crate) fn head_of<E: Float>(
     batch: u32,
     head: u32,
-    scratch: ComptimeOption<&[u32]>,
+    scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
 ) -> Head {
     let mut keys = n.seq_kv as i32;
     let mut slope = 0.0f32;
     let mut bias_at = 0usize;
     let mut mask_at = 0usize;
-    if flags.key_lengths {
-        let length = i32::reinterpret(scratch.unwrap()[n.lengths_at + batch as usize]);
+    if n.lengths_at != 0 {
+        let length = i32::reinterpret(scratch[n.lengths_at + batch as usize]);
         keys = max(min(keys, length), 0i32);
     }
-    if flags.alibi {
-        slope = f32::reinterpret(scratch.unwrap()[n.slopes_at + head as usize]);
+    if n.slopes_at != 0 {
+        slope = f32::reinterpret(scratch[n.slopes_at + head as usize]);
     }
-    if flags.bias {
+    if with_bias {
         bias_at = batch as usize * bias.unwrap().stride(0) + head as usize * bias.unwrap().stride(1);
     }
-    if flags.mask {
+    if n.mask_at != 0 {
         mask_at = n.mask_at + batch as usize * n.mask_batch + head as usize * n.mask_head;
     }
     Head { batch, head, keys, slope, mask_at, bias_at }
@@ -105,23 +96,14 @@ pub(crate) fn head_of<E: Float>(
 
 /// Whether query `i` sees key `j`. Both exist or not: what lies outside the tensors is hidden.
 #[cube]
-pub(crate) fn sees(
-    i: u32,
-    j: u32,
-    at: Head,
-    scratch: ComptimeOption<&[u32]>,
-    n: Numbers,
-    #[comptime] flags: Flags,
-) -> bool {
+pub(crate) fn sees(i: u32, j: u32, at: Head, scratch: &[u32], n: Numbers) -> bool {
     let a = position(i, n);
     let mut seen = i < n.seq_q && (j as i32) < at.keys;
     seen = seen && band_allows(a, j as i32, n.ahead, n.left, n.right, n.sinks);
-    if flags.mask {
-        if seen {
-            let bit = j * n.mask_key;
-            let word = scratch.unwrap()[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
-            seen = (word >> (bit % 32u32)) & 1u32 == 1u32;
-        }
+    if seen && n.mask_at != 0 {
+        let bit = j * n.mask_key;
+        let word = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+        seen = (word >> (bit % 32u32)) & 1u32 == 1u32;
     }
     seen
 }
@@ -134,9 +116,9 @@ pub(crate) fn position(i: u32, n: Numbers) -> i32 {
 
 /// Hash of a query row for dropout; `head` counts over the batch.
 #[cube]
-pub(crate) fn row_hash(head: u32, i: u32, n: Numbers, #[comptime] flags: Flags) -> u32 {
+pub(crate) fn row_hash(head: u32, i: u32, n: Numbers) -> u32 {
     let mut hash = 0u32;
-    if flags.dropout {
+    if n.threshold != 0 {
         hash = dropout_row(n.seed_low, n.seed_high, head, i);
     }
     hash
@@ -144,9 +126,9 @@ pub(crate) fn row_hash(head: u32, i: u32, n: Numbers, #[comptime] flags: Flags) 
 
 /// `x` after dropout: 0, or grown by the factor.
 #[cube]
-pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers, #[comptime] flags: Flags) -> f32 {
+pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers) -> f32 {
     let mut y = x;
-    if flags.dropout {
+    if n.threshold != 0 {
         y = select(dropout_keeps(hash, j, n.threshold), x * n.factor, 0.0f32);
     }
     y
@@ -161,17 +143,15 @@ pub(crate) fn score<E: Float>(
     at: Head,
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
 ) -> f32 {
     let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
     let mut s = product * n.scale;
-    if flags.softcap {
+    if n.softcap > 0.0f32 {
         s = Softcap::value(s, place, n.softcap);
     }
-    if flags.alibi {
-        s = Alibi::value(s, place, at.slope);
-    }
-    if flags.bias {
+    s = Alibi::value(s, place, at.slope); // a slope of 0 leaves every bit
+    if with_bias {
         let bias = bias.unwrap();
         let b = bias[at.bias_at + i as usize * bias.stride(2) + j as usize * bias.stride(3)];
         s = Bias::value(s, place, f32::cast_from(b));
@@ -182,9 +162,9 @@ pub(crate) fn score<E: Float>(
 /// Derivative of [`score`] for the product: the chain of the parts' derivatives, and the scale. Alibi and bias only add,
 /// so theirs is 1.
 #[cube]
-pub(crate) fn score_derivative(product: f32, i: u32, j: u32, at: Head, n: Numbers, #[comptime] flags: Flags) -> f32 {
+pub(crate) fn score_derivative(product: f32, i: u32, j: u32, at: Head, n: Numbers) -> f32 {
     let mut d = n.scale;
-    if flags.softcap {
+    if n.softcap > 0.0f32 {
         let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
         d *= Softcap::derivative(product * n.scale, place, n.softcap);
     }

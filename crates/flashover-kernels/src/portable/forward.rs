@@ -5,10 +5,10 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Flags, Numbers, after_dropout, head_of, row_hash, score, sees};
+use super::element::{Numbers, after_dropout, head_of, row_hash, score, sees};
 use super::tile::{
-    HIDDEN, LANES, PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, product_values,
-    store_lanes, store_weights, unit_place,
+    HIDDEN, LANES, PIECE, TileConfig, V4, chunk_count, head_rows, is_hidden, is_minus_infinity, product_scores,
+    product_values, share_maximum, share_sum, store_lanes, store_weights, unit_place,
 };
 use super::walk::{key_tiles, tile_is_full};
 use crate::softmax::{softmax_init, softmax_init_sink, softmax_rescale};
@@ -20,11 +20,11 @@ pub(crate) fn forward_kernel<E: Float>(
     k: &Tensor<E>,
     v: &Tensor<E>,
     bias: ComptimeOption<&Tensor<E>>,
-    scratch: ComptimeOption<&[u32]>,
+    scratch: &[u32],
     o: &mut [E],
     mut lse: ComptimeOption<&mut [f32]>,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
     #[comptime] chunks: usize,
     #[comptime] tile: TileConfig,
@@ -39,7 +39,7 @@ pub(crate) fn forward_kernel<E: Float>(
     let i0 = (tiles - 1 - (cube % tiles as usize) as u32) * bq;
     let head = (cube / tiles as usize) as u32;
     let (b, h) = (head / n.heads_q, head % n.heads_q);
-    let at = head_of::<E>(b, h, scratch, bias, n, flags);
+    let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
     let kv = h / (n.heads_q / n.heads_kv);
     let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
     let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
@@ -62,18 +62,18 @@ pub(crate) fn forward_kernel<E: Float>(
         let start = softmax_init();
         m[r] = start.m;
         l[r] = start.l;
-        if flags.learned_sinks {
-            let start = softmax_init_sink(f32::reinterpret(scratch.unwrap()[n.sinks_at + h as usize]));
+        if n.sinks_at != 0 {
+            let start = softmax_init_sink(f32::reinterpret(scratch[n.sinks_at + h as usize]));
             m[r] = start.m;
             l[r] = select(tx == 0, start.l, 0.0f32);
         }
-        hash[r] = row_hash(head, i0 + ty + comptime!((r * tile.row_units) as u32), n, flags);
+        hash[r] = row_hash(head, i0 + ty + comptime!((r * tile.row_units) as u32), n);
     }
 
     let walk = key_tiles(i0, at.keys, n, tile);
     for t in 0..walk.sink_tiles + walk.window_tiles {
         let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
-        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, flags);
+        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
         product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut piece, &mut stage, tile);
         let mut top = Array::<f32>::new(LANES);
         #[unroll]
@@ -86,8 +86,8 @@ pub(crate) fn forward_kernel<E: Float>(
             let i = i0 + ty + (r * tile.row_units) as u32;
             let j = j0 + tx + (c * tile.col_units) as u32;
             let mut s = HIDDEN.runtime();
-            if full || sees(i, j, at, scratch, n, flags) {
-                let x = score::<E>(piece[e], i, j, at, bias, n, flags);
+            if full || sees(i, j, at, scratch, n) {
+                let x = score::<E>(piece[e], i, j, at, bias, n, with_bias);
                 // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
                 if full || !is_minus_infinity(x) {
                     s = x;
@@ -110,11 +110,11 @@ pub(crate) fn forward_kernel<E: Float>(
             if !is_hidden(piece[e]) {
                 let p = (piece[e] - m[r]).exp();
                 l[r] += p;
-                piece[e] = after_dropout(p, hash[r], j0 + tx + (c * tile.col_units) as u32, n, flags);
+                piece[e] = after_dropout(p, hash[r], j0 + tx + (c * tile.col_units) as u32, n);
             }
         }
         #[unroll(tile.unroll)]
-        for chunk in 0..chunks {
+        for chunk in 0..chunk_count(n.value_dim, chunks, tile) {
             #[unroll]
             for r in 0..LANES {
                 acc[chunk * LANES + r] *= V4::new(grow[r]);
@@ -133,7 +133,7 @@ pub(crate) fn forward_kernel<E: Float>(
             let seen = u32::reinterpret(l[r]) != 0u32;
             let norm = select(seen, 1.0f32 / l[r], 0.0f32);
             #[unroll(tile.unroll)]
-            for chunk in 0..chunks {
+            for chunk in 0..chunk_count(n.value_dim, chunks, tile) {
                 let d = chunk as u32 * bk + tx * comptime!(LANES as u32);
                 store_lanes::<E>(acc[chunk * LANES + r], norm, seen, o, row, d, n.value_dim);
             }
@@ -144,47 +144,4 @@ pub(crate) fn forward_kernel<E: Float>(
             }
         }
     }
-}
-
-/// `x` of each row becomes its maximum over the units that share the row. The weights are free before and after.
-#[cube]
-fn share_maximum(x: &mut Array<f32>, weights: &mut Shared<[V4]>, #[comptime] tile: TileConfig) {
-    let (ty, tx) = unit_place(tile);
-    weights[(tx * comptime!(tile.row_units as u32) + ty) as usize] = lanes_of(&*x);
-    sync_cube();
-    for other in 0..tile.col_units {
-        let y = weights[other * tile.row_units + ty as usize];
-        #[unroll]
-        for r in 0..LANES {
-            x[r] = max(x[r], y.extract(r));
-        }
-    }
-    sync_cube();
-}
-
-/// `x` of each row becomes its sum over the units that share the row, in their order.
-#[cube]
-fn share_sum(x: &mut Array<f32>, weights: &mut Shared<[V4]>, #[comptime] tile: TileConfig) {
-    let (ty, tx) = unit_place(tile);
-    sync_cube();
-    weights[(tx * comptime!(tile.row_units as u32) + ty) as usize] = lanes_of(&*x);
-    sync_cube();
-    let mut sum = V4::new(0.0f32);
-    for other in 0..tile.col_units {
-        sum += weights[other * tile.row_units + ty as usize];
-    }
-    #[unroll]
-    for r in 0..LANES {
-        x[r] = sum.extract(r);
-    }
-}
-
-#[cube]
-fn lanes_of(x: &Array<f32>) -> V4 {
-    let mut v = V4::new(0.0f32);
-    #[unroll]
-    for r in 0..LANES {
-        v.insert(r, x[r]);
-    }
-    v
 }

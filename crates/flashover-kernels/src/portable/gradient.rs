@@ -8,7 +8,7 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Flags, Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
+use super::element::{Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
 use super::tile::{HIDDEN, LANES, PIECE, TileConfig, is_minus_infinity};
 use crate::score::{Alibi, Position, ScoreFunction};
 
@@ -32,14 +32,7 @@ pub(crate) struct Statistics {
 
 /// Reads the statistics of queries `i0`, `i0 + step`, `i0 + 2·step`, `i0 + 3·step`.
 #[cube]
-pub(crate) fn statistics(
-    i0: u32,
-    #[comptime] step: usize,
-    at: Head,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] flags: Flags,
-) -> Statistics {
+pub(crate) fn statistics(i0: u32, #[comptime] step: usize, at: Head, scratch: &[u32], n: Numbers) -> Statistics {
     let mut lse = Array::<f32>::new(LANES);
     let mut delta = Array::<f32>::new(LANES);
     let mut hash = Array::<u32>::new(LANES);
@@ -54,7 +47,7 @@ pub(crate) fn statistics(
             lse[x] = f32::reinterpret(scratch[n.lse_at + row]);
             delta[x] = f32::reinterpret(scratch[n.delta_at + row]);
         }
-        hash[x] = row_hash(head, i, n, flags);
+        hash[x] = row_hash(head, i, n);
     }
     Statistics { lse, delta, hash }
 }
@@ -62,7 +55,8 @@ pub(crate) fn statistics(
 /// Turns products into probabilities and gradients, in place: `s` from `q·k` to `p · mult`, `dp` from `do·v` to `ds`, or
 /// to the gradient of the product `q·k` if `of_product`. Hidden elements become [`HIDDEN`] in both.
 ///
-/// `i` and `j` are this unit's first query and key. Returns the unit's share of the slope's gradient (0 without ALiBi).
+/// `i` and `j` are this unit's first query and key. Returns the unit's share of the slope's gradient, 0
+/// unless `with_slopes`.
 #[cube]
 pub(crate) fn score_gradients<E: Float>(
     s: &mut Array<f32>,
@@ -72,12 +66,13 @@ pub(crate) fn score_gradients<E: Float>(
     j: u32,
     full: bool,
     at: Head,
-    scratch: ComptimeOption<&[u32]>,
+    scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
     #[comptime] of_product: bool,
+    #[comptime] with_slopes: bool,
     #[comptime] side: Side,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
     #[comptime] tile: TileConfig,
 ) -> f32 {
     let mut slope = 0.0f32;
@@ -93,20 +88,20 @@ pub(crate) fn score_gradients<E: Float>(
         let mut ds = HIDDEN.runtime();
         let lse = stats.lse[x];
         let dead = is_minus_infinity(lse);
-        if full || (!dead && sees(i, j, at, scratch, n, flags)) {
-            let value = score::<E>(s[e], i, j, at, bias, n, flags);
+        if full || (!dead && sees(i, j, at, scratch, n)) {
+            let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
             // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
             if full || !is_minus_infinity(value) {
                 let weight = select(dead, 0.0f32, (value - lse).exp());
-                let d = weight * (after_dropout(dp[e], stats.hash[x], j, n, flags) - stats.delta[x]);
-                if flags.alibi {
+                let d = weight * (after_dropout(dp[e], stats.hash[x], j, n) - stats.delta[x]);
+                if with_slopes {
                     let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
                     slope += d * Alibi::parameter_derivative(value, place, at.slope);
                 }
-                p = after_dropout(weight, stats.hash[x], j, n, flags);
+                p = after_dropout(weight, stats.hash[x], j, n);
                 ds = d;
                 if of_product {
-                    ds = d * score_derivative(s[e], i, j, at, n, flags);
+                    ds = d * score_derivative(s[e], i, j, at, n);
                 }
             }
         }

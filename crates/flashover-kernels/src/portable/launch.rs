@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 use cubecl::server::CubeCountSelection;
 
 use super::backward::{backward_keys_kernel, backward_queries_kernel};
-use super::element::{Flags, NumbersLaunch};
+use super::delta::delta_kernel;
+use super::element::NumbersLaunch;
 use super::forward::forward_kernel;
 use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, head_sums_kernel};
 use super::scratch::{self, Layout, row_statistics};
@@ -55,7 +56,7 @@ pub fn forward(
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, &layout);
     let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
-    let bound = bound.chain(&operands.bias).chain(&scratch).chain(&lse);
+    let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
     let (bindings, address) = binding_facts(bound);
     launcher.note("forward", bindings);
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem.
@@ -69,11 +70,11 @@ pub fn forward(
             operands.k.arg(),
             operands.v.arg(),
             operands.bias.as_ref().map(DeviceTensor::arg).into(),
-            scratch.as_ref().map(DeviceTensor::buffer).into(),
+            scratch.buffer(),
             o.buffer(),
             lse.as_ref().map(DeviceTensor::buffer).into(),
             numbers(&problem, &layout),
-            flags(&problem),
+            problem.bias.is_some(),
             with_lse,
             tile.chunks(problem.value_dim),
             tile,
@@ -120,9 +121,12 @@ pub fn backward(
     let partials = if gradients.alibi_slopes.is_some() { problem.batch * problem.heads_q * query_tiles } else { 0 };
     let layout = Layout::of(&problem, true, partials);
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, &layout).expect("statistics of at least one row");
+    let scratch = scratch::build(&launcher, &problem, &operands, &layout);
     let call = Backward { launcher, problem: &problem, operands: &operands, outputs, layout, scratch };
     call.row_statistics(rows);
+    if exact_delta(&problem) {
+        call.delta();
+    }
     if of_scores {
         if gradients.q.is_some() || gradients.alibi_slopes.is_some() {
             call.queries(gradients.q.as_ref(), gradients.alibi_slopes.is_some());
@@ -158,6 +162,11 @@ pub(crate) fn scratch_bytes(problem: &Problem, statistics: bool, partials: usize
     Layout::of(&without_absent_scores(problem), statistics, partials).bytes()
 }
 
+/// Whether `delta` is taken from the scores again, because the saved output is too coarse: see [`delta_kernel`].
+pub(crate) fn exact_delta(problem: &Problem) -> bool {
+    problem.element.bytes() < size_of::<f32>() && problem.seq_kv > 0
+}
+
 /// Whether `dk` and `dv` come from one launch.
 pub(crate) fn keys_fused(problem: &Problem) -> bool {
     problem.bias.is_none() && problem.head_dim + problem.value_dim <= crate::problem::MAX_HEAD_DIM
@@ -180,7 +189,10 @@ impl Backward<'_> {
 
     fn row_statistics(&self, rows: usize) {
         let Outputs { o, lse, do_, dlse } = self.outputs;
-        let (bindings, address) = binding_facts([o, do_, lse, &self.scratch].into_iter().chain(dlse));
+        let with_o = !exact_delta(self.problem);
+        let (o, d_o) = (with_o.then_some(o), with_o.then_some(do_));
+        let bound = [lse, &self.scratch].into_iter().chain(o).chain(d_o).chain(dlse);
+        let (bindings, address) = binding_facts(bound);
         self.launcher.note_small("row_statistics", bindings, 0);
         // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
         unsafe {
@@ -189,14 +201,43 @@ impl Backward<'_> {
                 self.launcher.cubes(rows.div_ceil(SUM_UNITS)),
                 CubeDim::new_1d(SUM_UNITS as u32),
                 address,
-                o.arg(),
-                do_.arg(),
+                o.map(DeviceTensor::arg).into(),
+                d_o.map(DeviceTensor::arg).into(),
                 lse.arg(),
                 dlse.as_ref().map(DeviceTensor::arg).into(),
                 self.scratch.buffer(),
                 self.numbers(),
+                with_o,
                 dlse.is_some(),
-                o.elem,
+                do_.elem,
+            );
+        }
+    }
+
+    fn delta(&self) {
+        let Problem { batch, heads_q, seq_q, .. } = *self.problem;
+        let Operands { q, k, v, bias, .. } = self.operands;
+        let tile = self.launcher.tile;
+        let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias);
+        let (bindings, address) = binding_facts(bound);
+        self.launcher.note("delta", bindings);
+        // SAFETY: rows, keys and elements are tested against the checked shapes.
+        unsafe {
+            delta_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(batch * heads_q * seq_q.div_ceil(tile.rows())),
+                self.launcher.dim(),
+                address,
+                q.arg(),
+                k.arg(),
+                v.arg(),
+                self.outputs.do_.arg(),
+                bias.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                self.numbers(),
+                bias.is_some(),
+                tile,
+                q.elem,
             );
         }
     }
@@ -223,7 +264,7 @@ impl Backward<'_> {
                 self.scratch.buffer(),
                 dq.map(DeviceTensor::buffer).into(),
                 self.numbers(),
-                flags(self.problem),
+                self.problem.bias.is_some(),
                 dq.is_some(),
                 with_slopes,
                 tile.chunks(head_dim),
@@ -258,7 +299,7 @@ impl Backward<'_> {
                 dk.map(DeviceTensor::buffer).into(),
                 dv.map(DeviceTensor::buffer).into(),
                 self.numbers(),
-                flags(self.problem),
+                self.problem.bias.is_some(),
                 dk.is_some(),
                 dv.is_some(),
                 // An array of no elements cannot be declared.
@@ -296,7 +337,6 @@ impl Backward<'_> {
                 self.numbers(),
                 queries == 1,
                 keys == 1,
-                flags(self.problem),
                 tile,
                 q.elem,
             );
@@ -471,18 +511,6 @@ fn visible_part(problem: &Problem, operands: &Operands<DeviceTensor>) -> (Proble
     (without_absent_scores(problem), operands)
 }
 
-fn flags(problem: &Problem) -> Flags {
-    Flags {
-        softcap: problem.softcap.is_some(),
-        alibi: problem.alibi,
-        bias: problem.bias.is_some(),
-        mask: problem.mask.is_some(),
-        key_lengths: problem.key_lengths,
-        learned_sinks: problem.learned_sinks,
-        dropout: problem.dropout.is_some(),
-    }
-}
-
 fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
     let (ahead, left, right, sinks) = problem.band.scalars();
     let (seed_low, seed_high) = problem.dropout.map_or((0, 0), |dropout| dropout.seed_words());
@@ -498,7 +526,7 @@ fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
         problem.head_dim as u32,
         problem.value_dim as u32,
         problem.scale as f32,
-        problem.softcap.unwrap_or(1.0) as f32,
+        problem.softcap.unwrap_or(0.0) as f32,
         ahead,
         left,
         right,

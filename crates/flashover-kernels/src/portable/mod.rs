@@ -10,6 +10,7 @@
 #![allow(clippy::collapsible_if)]
 
 mod backward;
+mod delta;
 mod element;
 mod forward;
 mod gradient;
@@ -20,5 +21,5 @@ mod tile;
 mod walk;
 
 pub use launch::{BINDINGS, Outputs, backward, check_limits, forward};
-pub(crate) use launch::{SUM_UNITS, keys_fused, scratch_bytes};
+pub(crate) use launch::{SUM_UNITS, exact_delta, keys_fused, scratch_bytes};
 pub use tile::TileConfig;

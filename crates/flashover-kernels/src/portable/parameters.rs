@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Flags, Numbers, head_of};
+use super::element::{Numbers, head_of};
 use super::gradient::{Side, score_gradients, statistics};
 use super::tile::{
     PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, store_weights, unit_place,
@@ -35,7 +35,6 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     n: Numbers,
     #[comptime] across_queries: bool,
     #[comptime] across_keys: bool,
-    #[comptime] flags: Flags,
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -62,7 +61,6 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     for e in 0..PIECE {
         sums[e] = 0.0f32;
     }
-    let words = ComptimeOption::new_Some(scratch);
     let biases = ComptimeOption::new_Some(bias);
 
     let batches = select(shape.batch == 1, n.batch, 1u32);
@@ -77,18 +75,18 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     for x in 0..batches * heads {
         let (b, h) = (own_b + x / heads, own_h + x % heads);
         let kv = h / (n.heads_q / n.heads_kv);
-        let at = head_of::<E>(b, h, words, biases, n, flags);
+        let at = head_of::<E>(b, h, scratch, biases, n, true);
         let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
         let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
         let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
         for y in 0..query_tiles {
             let i0 = own_i + y * bq;
-            let stats = statistics(i0 + ty, tile.row_units, at, scratch, n, flags);
+            let stats = statistics(i0 + ty, tile.row_units, at, scratch, n);
             for z in 0..key_tiles {
                 let j0 = own_j + z * bk;
                 if !tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n) {
-                    let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, flags);
+                    let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, true);
                     product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
                     product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
                     score_gradients::<E>(
@@ -99,12 +97,13 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
                         j0 + tx,
                         full,
                         at,
-                        words,
+                        scratch,
                         biases,
                         n,
                         false,
+                        false,
                         Side::Queries,
-                        flags,
+                        true,
                         tile,
                     );
                     #[unroll(tile.unroll)]

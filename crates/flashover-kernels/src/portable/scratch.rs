@@ -1,7 +1,8 @@
 //! The scratch buffer: everything a kernel reads besides its large operands, in one binding of 32-bit words.
 //!
 //! WebGPU guarantees 8 storage buffers and CubeCL takes one, so the row statistics, the per-head numbers and the packed
-//! mask share a buffer, which small kernels fill on the device. Floats are stored by their bits.
+//! mask share a buffer, which small kernels fill on the device. Floats are stored by their bits. Word 0 is nobody's, so
+//! that an offset of 0 says that a section is absent.
 
 use cubecl::prelude::*;
 
@@ -12,7 +13,7 @@ use crate::device::DeviceTensor;
 use crate::operands::Operands;
 use crate::problem::Problem;
 
-/// Offsets of the sections, in words.
+/// Offsets of the sections, in words; 0 for one that is absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Layout {
     /// `lse` and `delta`, `[B, Hq, Sq]` each; backward only.
@@ -36,14 +37,19 @@ impl Layout {
     /// Sections for a problem: `statistics` for a backward, `partials` words for the slopes' gradient.
     pub fn of(problem: &Problem, statistics: bool, partials: usize) -> Self {
         let rows = if statistics { problem.batch * problem.heads_q * problem.seq_q } else { 0 };
-        let section = |on: bool, words: usize| if on { words } else { 0 };
-        let mut layout = Layout { delta: rows, slopes: 2 * rows, ..Layout::default() };
-        layout.sinks = layout.slopes + section(problem.alibi, problem.heads_q);
-        layout.lengths = layout.sinks + section(problem.learned_sinks, problem.heads_q);
-        layout.partials = layout.lengths + section(problem.key_lengths, problem.batch);
-        layout.mask = layout.partials + partials;
-        layout.words = layout.mask + problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32));
-        layout
+        let mut layout = Layout { words: 1, ..Layout::default() };
+        let mut section = |on: bool, words: usize| {
+            let at = layout.words;
+            layout.words += if on { words } else { 0 };
+            if layout.words > at { at } else { 0 }
+        };
+        let (lse, delta) = (section(true, rows), section(true, rows));
+        let slopes = section(problem.alibi, problem.heads_q);
+        let sinks = section(problem.learned_sinks, problem.heads_q);
+        let lengths = section(problem.key_lengths, problem.batch);
+        let partials = section(true, partials);
+        let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
+        Layout { lse, delta, slopes, sinks, lengths, partials, mask, ..layout }
     }
 
     /// Bytes of all sections.
@@ -52,16 +58,13 @@ impl Layout {
     }
 }
 
-/// Allocates the scratch buffer and fills the sections that come from operands. `None` if there are none.
+/// Allocates the scratch buffer and fills the sections that come from operands.
 pub(crate) fn build(
     launcher: &Launcher,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
     layout: &Layout,
-) -> Option<DeviceTensor> {
-    if layout.words == 0 {
-        return None;
-    }
+) -> DeviceTensor {
     let word = u32::elem_type_native();
     let scratch = DeviceTensor::empty(launcher.client, &[layout.words], word);
     for (source, at) in [
@@ -108,7 +111,7 @@ pub(crate) fn build(
             );
         }
     }
-    Some(scratch)
+    scratch
 }
 
 /// `scratch[at + x] = source[x]`, bits as they are, for any 4-byte element type.
@@ -151,15 +154,17 @@ fn pack_mask<B: Int>(
 }
 
 /// `lse` and `delta = rowsum(do ∘ o) − dlse` into the scratch buffer (FlashAttention-2, Algorithm 2, line 4; the gradient
-/// of `lse` enters every score's gradient as `p · dlse`). A unit a row; a row that saw nothing gets 0.
+/// of `lse` enters every score's gradient as `p · dlse`). Without `o` and `do`, `delta` is `−dlse` only, and
+/// [`delta_kernel`](super::delta::delta_kernel) adds the row sum. A unit a row; a row that saw nothing gets 0.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn row_statistics<E: Float>(
-    o: &Tensor<E>,
-    d_o: &Tensor<E>,
+    o: ComptimeOption<&Tensor<E>>,
+    d_o: ComptimeOption<&Tensor<E>>,
     lse: &Tensor<f32>,
     dlse: ComptimeOption<&Tensor<f32>>,
     scratch: &mut [u32],
     n: Numbers,
+    #[comptime] with_o: bool,
     #[comptime] with_dlse: bool,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -167,14 +172,17 @@ pub(crate) fn row_statistics<E: Float>(
     if row < n.batch as usize * n.heads_q as usize * n.seq_q as usize {
         let (i, head) = (row % n.seq_q as usize, row / n.seq_q as usize);
         let (h, b) = (head % n.heads_q as usize, head / n.heads_q as usize);
-        let at_o = b * o.stride(0) + h * o.stride(1) + i * o.stride(2);
-        let at_d = b * d_o.stride(0) + h * d_o.stride(1) + i * d_o.stride(2);
         let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
         let mut delta = 0.0f32;
         if !is_minus_infinity(row_lse) {
-            for d in 0..n.value_dim {
-                let x = f32::cast_from(o[at_o + d as usize * o.stride(3)]);
-                delta += x * f32::cast_from(d_o[at_d + d as usize * d_o.stride(3)]);
+            if with_o {
+                let (o, d_o) = (o.unwrap(), d_o.unwrap());
+                let at_o = b * o.stride(0) + h * o.stride(1) + i * o.stride(2);
+                let at_d = b * d_o.stride(0) + h * d_o.stride(1) + i * d_o.stride(2);
+                for d in 0..n.value_dim {
+                    let x = f32::cast_from(o[at_o + d as usize * o.stride(3)]);
+                    delta += x * f32::cast_from(d_o[at_d + d as usize * d_o.stride(3)]);
+                }
             }
             if with_dlse {
                 let dlse = dlse.unwrap();

@@ -11,6 +11,8 @@
 
 use cubecl::prelude::*;
 
+use crate::problem::MAX_HEAD_DIM;
+
 /// The one vector of the portable kernels: WGSL has nothing wider.
 pub(crate) type V4 = Vector<f32, Const<4>>;
 
@@ -100,9 +102,10 @@ impl TileConfig {
         (self.weights_len() + self.stage_len()) * LANES * size_of::<f32>()
     }
 
-    /// Chunks of `cols` elements that cover a head dimension.
+    /// Chunks of `cols` elements that a unit has accumulators for: those that cover the head dimension where loops over
+    /// them are unrolled, else as many as any head has, so that one kernel serves all.
     pub(crate) const fn chunks(&self, dim: usize) -> usize {
-        dim.div_ceil(self.cols())
+        if self.unroll { dim.div_ceil(self.cols()) } else { MAX_HEAD_DIM.div_ceil(self.cols()) }
     }
 }
 
@@ -135,6 +138,18 @@ pub(crate) fn head_rows<E: Float>(tensor: &Tensor<E>, batch: u32, head: u32, row
         rows,
         dim,
     }
+}
+
+/// Chunks of a head dimension of `dim` that there are, of the `chunks` that a unit has accumulators for.
+#[cube]
+pub(crate) fn chunk_count(dim: u32, #[comptime] chunks: usize, #[comptime] tile: TileConfig) -> usize {
+    if tile.unroll { constant(chunks) } else { dim.div_ceil(comptime!(tile.cols() as u32)) as usize }
+}
+
+/// A number known when a kernel is compiled, as one of the kernel's own.
+#[cube]
+fn constant(#[comptime] x: usize) -> usize {
+    intrinsic!(|scope| x.into_expand(scope))
 }
 
 /// This unit's `(ty, tx)`.
@@ -290,7 +305,7 @@ pub(crate) fn product_values<E: Float>(
 ) {
     let (ty, tx) = unit_place(tile);
     #[unroll(tile.unroll)]
-    for chunk in 0..chunks {
+    for chunk in 0..chunk_count(from.dim, chunks, tile) {
         sync_cube();
         load_values::<E>(b, from, row, chunk as u32 * comptime!(tile.cols() as u32), stage, tile);
         sync_cube();
@@ -328,4 +343,47 @@ pub(crate) fn store_lanes<E: Float>(x: V4, factor: f32, seen: bool, out: &mut [E
             out[row * dim as usize + d as usize] = E::cast_from(select(seen, x.extract(lane) * factor, 0.0f32));
         }
     }
+}
+
+/// `x` of each row becomes its maximum over the units that share the row. The weights are free before and after.
+#[cube]
+pub(crate) fn share_maximum(x: &mut Array<f32>, weights: &mut Shared<[V4]>, #[comptime] tile: TileConfig) {
+    let (ty, tx) = unit_place(tile);
+    weights[(tx * comptime!(tile.row_units as u32) + ty) as usize] = lanes_of(&*x);
+    sync_cube();
+    for other in 0..tile.col_units {
+        let y = weights[other * tile.row_units + ty as usize];
+        #[unroll]
+        for r in 0..LANES {
+            x[r] = max(x[r], y.extract(r));
+        }
+    }
+    sync_cube();
+}
+
+/// `x` of each row becomes its sum over the units that share the row, in their order.
+#[cube]
+pub(crate) fn share_sum(x: &mut Array<f32>, weights: &mut Shared<[V4]>, #[comptime] tile: TileConfig) {
+    let (ty, tx) = unit_place(tile);
+    sync_cube();
+    weights[(tx * comptime!(tile.row_units as u32) + ty) as usize] = lanes_of(&*x);
+    sync_cube();
+    let mut sum = V4::new(0.0f32);
+    for other in 0..tile.col_units {
+        sum += weights[other * tile.row_units + ty as usize];
+    }
+    #[unroll]
+    for r in 0..LANES {
+        x[r] = sum.extract(r);
+    }
+}
+
+#[cube]
+fn lanes_of(x: &Array<f32>) -> V4 {
+    let mut v = V4::new(0.0f32);
+    #[unroll]
+    for r in 0..LANES {
+        v.insert(r, x[r]);
+    }
+    v
 }

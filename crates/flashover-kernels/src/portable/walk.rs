@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Flags, Numbers, position};
+use super::element::{Numbers, position};
 use super::tile::TileConfig;
 use crate::mask::{band_tile_empty, band_tile_full};
 
@@ -71,13 +71,13 @@ pub(crate) fn tile_is_full(
     #[comptime] bk: usize,
     keys: i32,
     n: Numbers,
-    #[comptime] flags: Flags,
+    #[comptime] with_bias: bool,
 ) -> bool {
     let j1 = j0 as i32 + comptime!(bk as i32 - 1);
     let i1 = i0 + comptime!(bq as u32 - 1);
-    let mut full = i1 < n.seq_q && j1 < keys;
+    let mut full = i1 < n.seq_q && j1 < keys && n.mask_at == 0;
     // A bias may hide by −∞.
-    if flags.mask || flags.bias {
+    if with_bias {
         full = false;
     }
     full && band_tile_full(position(i0, n), position(i1, n), j0 as i32, j1, n.ahead, n.left, n.right, n.sinks)

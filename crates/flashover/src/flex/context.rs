@@ -10,7 +10,7 @@ use pulp::Simd;
 
 use super::Inputs;
 use super::real::{Float, Real};
-use super::tiles::{read_row, widen_row};
+use super::tiles::{read_row, sum, widen_row};
 use super::view::View;
 
 /// Most keys that a tile has.
@@ -194,10 +194,12 @@ impl<'a, T: Float> Context<'a, T> {
 
     /// `Σ_j ds_j · |a − j|` over row `i` of a tile.
     #[inline(always)]
-    pub fn distance_sum(&self, ds: &mut [T::Compute], tile: &Tile, i: usize) -> f64 {
-        let mut sum = 0.0;
-        self.for_distances(ds, tile, i, |ds, distance| sum += ds.to_f64() * distance.to_f64());
-        sum
+    pub fn distance_sum(&self, ds: &[T::Compute], tile: &Tile, i: usize) -> f64 {
+        let mut terms = [T::Compute::default(); MAX_KEYS];
+        let terms = &mut terms[..ds.len()];
+        terms.copy_from_slice(ds);
+        self.for_distances(terms, tile, i, |term, distance| *term = *term * distance);
+        sum(terms)
     }
 
     /// Calls `f` with each element of row `i` of a tile and its ALiBi distance.

@@ -10,7 +10,11 @@ use super::context::{Context, Tile};
 use super::parallel;
 use super::real::{Float, Real};
 use super::sweep::{BK, BQ, KeyScratch, KeyTile, Saved, TileScratch, gradient_tile};
+use super::tiles::sum;
 use super::view::View;
+
+/// Queries of a task: several blocks share the packing of a key tile.
+const QUERIES: usize = 4 * BQ;
 
 /// `delta [B, Hq, Sq]`, less `dlse`.
 pub(super) fn compute<T: Float>(
@@ -25,7 +29,7 @@ pub(super) fn compute<T: Float>(
     let saved = Saved { do_, lse, delta: &zeros };
     let heads = delta.chunks_mut(problem.seq_q).enumerate();
     let tasks = heads.flat_map(|(head, delta)| {
-        delta.chunks_mut(BQ).enumerate().map(move |(block, delta)| (head, block * BQ, delta))
+        delta.chunks_mut(QUERIES).enumerate().map(move |(block, delta)| (head, block * QUERIES, delta))
     });
     let tasks: Vec<_> = tasks.collect();
     let work = zeros.len() * problem.seq_kv * problem.head_dim;
@@ -43,7 +47,7 @@ pub(super) fn compute<T: Float>(
     delta
 }
 
-/// A block of queries.
+/// At most [`QUERIES`] queries of a head.
 struct Block<'s, 'a, T: Float> {
     context: &'s Context<'a, T>,
     saved: &'s Saved<'a, T>,
@@ -61,20 +65,22 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Block { context, saved, keys: key_scratch, tile: tile_scratch, head, i0, delta } = self;
         let (b, h) = (head / context.problem.heads_q, head % context.problem.heads_q);
-        let mut sums = [0.0f64; BQ];
-        let end = context.keys(b);
+        let mut sums = [0.0f64; QUERIES];
+        let end = context.keys_seen(b, i0 + delta.len() - 1);
         for j0 in (0..end).step_by(BK) {
-            let tile = Tile { b, h, i0, rows: delta.len(), j0, keys: BK.min(end - j0) };
-            let kind = context.classify(&tile);
-            if kind == TileKind::Empty {
-                continue;
+            let kv = (b, h / context.problem.group());
+            let first = Tile { b, h, i0, rows: 0, j0, keys: BK.min(end - j0) };
+            let keys = KeyTile::load(context, key_scratch, kv, (j0, first.keys), true);
+            for start in (0..delta.len()).step_by(BQ) {
+                let tile = Tile { i0: i0 + start, rows: BQ.min(delta.len() - start), ..first };
+                let kind = context.classify(&tile);
+                if kind == TileKind::Empty {
+                    continue;
+                }
+                // With delta 0, ds is p · dp.
+                let add = |i: usize, ds: &mut [T::Compute]| sums[i - i0] += sum(ds);
+                gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, true, add);
             }
-            let keys = KeyTile::load(context, key_scratch, (b, h / context.problem.group()), (j0, tile.keys), true);
-            // With delta 0, ds is p · dp.
-            let add = |i: usize, ds: &mut [T::Compute]| {
-                sums[i - i0] += ds.iter().map(|x| x.to_f64()).sum::<f64>();
-            };
-            gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, true, add);
         }
         for (delta, sum) in delta.iter_mut().zip(sums) {
             *delta = T::Compute::from_f64(sum);

@@ -301,6 +301,18 @@ fn several_tiles_of_wide_heads_match_the_reference() {
     }
 }
 
+/// Scores of magnitude 30: maxima grow by more than the forward's slack from tile to tile, with and without a sink.
+#[test]
+fn maxima_that_grow_rescale_what_was_summed() {
+    for sink in [None, Some(vec![-40.0, 5.0])] {
+        let mut case = Case::<f64>::plain(&mut Random(6), [1, 2, 70, 40], [1, 1, 700, 40], 24);
+        case.problem.scale = 4.0;
+        case.problem.learned_sinks = sink.is_some();
+        case.sinks = sink;
+        case.run(case.wanted()).check(&case.reference(), |name| if name == "lse" { 1e-7 } else { 1e-11 }, "growing");
+    }
+}
+
 /// NaN and infinity stand exactly where the reference, which touches visible keys only, has them.
 #[test]
 fn non_finite_operands_reach_only_what_sees_them() {

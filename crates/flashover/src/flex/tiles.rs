@@ -1,7 +1,7 @@
 //! Tiles of the operands: rows of a tensor as the compute type, in place where that is possible.
 
 use super::gemm::{Left, Right};
-use super::real::{Float, Real, padded};
+use super::real::{Float, PAD, Real, padded};
 use super::view::View;
 
 /// Rows of one head of a tensor as the compute type: element `[r, d]` is `data[r · stride + d]`. Each row is readable
@@ -112,4 +112,16 @@ pub(super) fn all_finite<R: Real>(rows: Rows<'_, R>, count: usize, width: usize)
         let row = &rows.data[r * rows.stride..][..width];
         row.iter().fold(0u32, |bad, x| bad | u32::from(!x.is_finite())) == 0
     })
+}
+
+/// Sum of a row: in lanes of the compute type, and these in f64.
+#[inline(always)]
+pub(super) fn sum<R: Real>(row: &[R]) -> f64 {
+    let mut lanes = [R::default(); PAD];
+    let (vectors, rest) = row.as_chunks::<PAD>();
+    for vector in vectors {
+        lanes.iter_mut().zip(vector).for_each(|(lane, &x)| *lane += x);
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane += x);
+    lanes.iter().map(|x| x.to_f64()).sum()
 }

@@ -29,6 +29,11 @@ pub fn gpu() -> Option<Device> {
     None
 }
 
+/// The devices that run kernels of ours.
+pub fn native() -> Vec<Device> {
+    [Some(flex()), gpu()].into_iter().flatten().collect()
+}
+
 /// Notes that a test, or a part of it, was skipped. CI compares the notes with `.ci/skips.txt`.
 pub fn skip(name: &str, reason: &str) {
     eprintln!("skipped {name}: {reason}");

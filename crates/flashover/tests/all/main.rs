@@ -6,4 +6,5 @@ mod differentiation;
 mod drop_in;
 mod grid;
 mod nn;
+mod non_finite;
 mod properties;

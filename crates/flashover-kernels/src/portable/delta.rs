@@ -1,0 +1,98 @@
+//! `delta` from the scores, for element types in which the saved output is too coarse to take it from.
+//!
+//! `delta = Σ_j p_ij · mult_ij · dp_ij` equals `rowsum(do ∘ o)` (FlashAttention, Appendix B.2, eq. 4), but only for the exact
+//! `o`. In f16 and bf16 the rounding of `o` does not cancel in `dp − delta`: a query that sees one key has the exact
+//! gradient 0, and `do ∘ o` would miss it by the rounding of `o`. So the row sum is taken again, from the same products in
+//! the same order as the kernels that use it: two products a tile.
+
+use cubecl::prelude::*;
+
+use super::element::{Numbers, head_of};
+use super::gradient::{Side, score_gradients, statistics};
+use super::tile::{
+    LANES, PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, share_sum, unit_place,
+};
+use super::walk::{key_tiles, tile_is_full};
+
+/// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`. One cube a query tile and head.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn delta_kernel<E: Float>(
+    q: &Tensor<E>,
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    d_o: &Tensor<E>,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &mut [u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] tile: TileConfig,
+    #[define(E)] _dtype: ElemType,
+) {
+    let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
+    let tiles = n.seq_q.div_ceil(bq);
+    let cube = CUBE_POS;
+    if cube >= n.batch as usize * n.heads_q as usize * tiles as usize {
+        terminate!();
+    }
+    let i0 = (tiles - 1 - (cube % tiles as usize) as u32) * bq;
+    let head = (cube / tiles as usize) as u32;
+    let (b, h) = (head / n.heads_q, head % n.heads_q);
+    let kv = h / (n.heads_q / n.heads_kv);
+    let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
+    let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
+    let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
+    let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
+
+    let mut weights = Shared::<[V4]>::new_slice(tile.weights_len());
+    let mut stage = Shared::<[V4]>::new_slice(tile.stage_len());
+    let (ty, tx) = unit_place(tile);
+    let mut s = Array::<f32>::new(PIECE);
+    let mut dp = Array::<f32>::new(PIECE);
+    let mut sums = Array::<f32>::new(LANES); // this unit's columns only, until the end
+    let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
+    let mut stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
+    #[unroll]
+    for r in 0..LANES {
+        sums[r] = 0.0f32;
+        // With delta 0, ds is p · mult · dp.
+        stats.delta[r] = 0.0f32;
+    }
+
+    let walk = key_tiles(i0, at.keys, n, tile);
+    for t in 0..walk.sink_tiles + walk.window_tiles {
+        let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
+        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
+        product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
+        product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+        score_gradients::<E>(
+            &mut s,
+            &mut dp,
+            &stats,
+            i0 + ty,
+            j0 + tx,
+            full,
+            at,
+            &*scratch,
+            bias,
+            n,
+            false,
+            false,
+            Side::Queries,
+            with_bias,
+            tile,
+        );
+        #[unroll(tile.unroll)]
+        for e in 0..PIECE {
+            sums[e % LANES] += select(is_hidden(dp[e]), 0.0f32, dp[e]);
+        }
+    }
+    share_sum(&mut sums, &mut weights, tile);
+    #[unroll]
+    for r in 0..LANES {
+        let i = i0 + ty + comptime!((r * tile.row_units) as u32);
+        if tx == 0 && i < n.seq_q && !is_minus_infinity(stats.lse[r]) {
+            let at = n.delta_at + head as usize * n.seq_q as usize + i as usize;
+            scratch[at] = u32::reinterpret(f32::reinterpret(scratch[at]) + sums[r]);
+        }
+    }
+}
