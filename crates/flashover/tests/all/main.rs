@@ -5,6 +5,8 @@ mod devices;
 mod differentiation;
 mod drop_in;
 mod grid;
+#[cfg(all(feature = "webgpu", not(any(feature = "vulkan", feature = "metal"))))]
+mod limits;
 mod nn;
 mod non_finite;
 mod properties;
