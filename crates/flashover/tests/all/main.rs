@@ -4,6 +4,8 @@ mod bad_input;
 mod devices;
 mod differentiation;
 mod drop_in;
+#[cfg(all(feature = "fusion", feature = "cubecl-backend"))]
+mod fusion;
 mod grid;
 #[cfg(all(feature = "webgpu", not(any(feature = "vulkan", feature = "metal"))))]
 mod limits;
