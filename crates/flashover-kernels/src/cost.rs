@@ -52,7 +52,7 @@ pub fn portable_forward(problem: &Problem, tile: TileConfig, with_lse: bool) -> 
     if problem.is_empty() {
         return Vec::new();
     }
-    let model = Model::new(problem, tile, 0, false);
+    let model = Model::new(problem, tile, None);
     let mut costs = model.fill();
     let written = model.o + if with_lse { model.statistic } else { 0 };
     let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
@@ -71,13 +71,13 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     if problem.is_empty() || !(sinks || scores && (q || k || v || slopes || bias)) {
         return Vec::new();
     }
-    let tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(tile.rows());
-    let model = Model::new(problem, tile, if slopes { tiles } else { 0 }, true);
+    let reductions = portable::Reductions::of(problem, wanted, tile);
+    let model = Model::new(problem, tile, Some(&reductions));
     let mut costs = model.fill();
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
     let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
-    if portable::exact_delta(problem) {
+    if reductions.exact_delta {
         let bytes = model.statistic + dlse + statistics;
         costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
         costs.push(model.tiled("delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
@@ -87,7 +87,7 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     }
     if scores {
         let heads = (problem.heads_q * size_of::<f32>()) as u64;
-        let partials = (tiles * size_of::<f32>()) as u64;
+        let partials = (reductions.slope_partials * size_of::<f32>()) as u64;
         if q || slopes {
             let written = if q { model.q } else { 0 } + if slopes { partials } else { 0 };
             let bindings = 5 + model.bias_bound + usize::from(q);
@@ -107,7 +107,13 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
             }
         }
         if bias {
-            costs.push(model.tiled("backward_bias", model.products(1, 1), read + model.bias, 7));
+            let partials = (reductions.bias_partials(problem) * size_of::<f32>()) as u64;
+            if reductions.bias_parts == 1 {
+                costs.push(model.tiled("backward_bias", model.products(1, 1), read + model.bias, 7));
+            } else {
+                costs.push(model.tiled("backward_bias", model.products(1, 1), read + partials, 6));
+                costs.push(model.small("bias_sum", partials + model.bias, 2, 0));
+            }
         }
     }
     if sinks {
@@ -134,11 +140,11 @@ struct Model<'a> {
 }
 
 impl<'a> Model<'a> {
-    fn new(problem: &'a Problem, tile: TileConfig, partials: usize, statistics: bool) -> Self {
+    fn new(problem: &'a Problem, tile: TileConfig, backward: Option<&portable::Reductions>) -> Self {
         let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, head_dim, value_dim, .. } = *problem;
         let bytes = |elements: usize| (elements * problem.element.bytes()) as u64;
         let bias = problem.bias.filter(|_| seq_kv > 0);
-        let scratch_bytes = portable::scratch_bytes(problem, statistics, partials);
+        let scratch_bytes = portable::scratch_bytes(problem, backward);
         Model {
             problem,
             tile,
@@ -161,7 +167,7 @@ impl<'a> Model<'a> {
 
     /// Words of per-head numbers, key lengths and packed mask, in bytes.
     fn shared_words(&self) -> u64 {
-        portable::scratch_bytes(self.problem, false, 0) as u64
+        portable::scratch_bytes(self.problem, None) as u64
     }
 
     /// Launches that fill the scratch buffer from operands.

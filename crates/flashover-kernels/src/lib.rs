@@ -19,12 +19,12 @@
 //! | `i`, `j` | index of a query and of a key |
 //! | `a` | a query's position on the key axis after bottom-right alignment, `i + Skv − Sq` |
 
+pub mod block_plan;
 pub mod cost;
 pub mod device;
 #[allow(missing_docs)] // CubeCL's macros generate public items without docs; ours have theirs. So below.
 pub mod dropout;
 pub mod launch_log;
-#[allow(missing_docs)]
 pub mod mask;
 pub mod operands;
 pub mod portable;

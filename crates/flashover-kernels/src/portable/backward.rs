@@ -113,7 +113,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             for unit in 0..tile.units() {
                 sum += weights[unit].extract(0usize);
             }
-            scratch[n.partials_at + cube] = u32::reinterpret(sum);
+            scratch[n.slope_partials_at + cube] = u32::reinterpret(sum);
         }
     }
 }

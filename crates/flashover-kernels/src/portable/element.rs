@@ -38,7 +38,8 @@ pub(crate) struct Numbers {
     pub slopes_at: usize,
     pub sinks_at: usize,
     pub lengths_at: usize,
-    pub partials_at: usize,
+    pub slope_partials_at: usize,
+    pub bias_partials_at: usize,
     pub mask_at: usize,
     /// Words between batch elements, heads and queries of the packed mask; 0 where it is broadcast.
     pub mask_batch: usize,

@@ -7,7 +7,8 @@ use super::backward::{backward_keys_kernel, backward_queries_kernel};
 use super::delta::delta_kernel;
 use super::element::NumbersLaunch;
 use super::forward::forward_kernel;
-use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, head_sums_kernel};
+use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum_kernel, head_sums_kernel};
+use super::reductions::Reductions;
 use super::scratch::{self, Layout, row_statistics};
 use super::tile::TileConfig;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
@@ -52,7 +53,7 @@ pub fn forward(
         return Ok((o, lse));
     }
     let (problem, operands) = visible_part(problem, operands);
-    let layout = Layout::of(&problem, false, 0);
+    let layout = Layout::of(&problem, None);
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, &layout);
     let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
@@ -118,13 +119,13 @@ pub fn backward(
 
     let (problem, operands) = visible_part(problem, operands);
     let query_tiles = problem.seq_q.div_ceil(tile.rows());
-    let partials = if gradients.alibi_slopes.is_some() { problem.batch * problem.heads_q * query_tiles } else { 0 };
-    let layout = Layout::of(&problem, true, partials);
+    let reductions = Reductions::of(&problem, wanted, tile);
+    let layout = Layout::of(&problem, Some(&reductions));
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, &layout);
-    let call = Backward { launcher, problem: &problem, operands: &operands, outputs, layout, scratch };
+    let call = Backward { launcher, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
     call.row_statistics(rows);
-    if exact_delta(&problem) {
+    if reductions.exact_delta {
         call.delta();
     }
     if of_scores {
@@ -157,14 +158,9 @@ pub fn backward(
     Ok(gradients)
 }
 
-/// Bytes of the scratch buffer of a forward, or of a backward (with `statistics`) that keeps `partials` partial sums.
-pub(crate) fn scratch_bytes(problem: &Problem, statistics: bool, partials: usize) -> usize {
-    Layout::of(&without_absent_scores(problem), statistics, partials).bytes()
-}
-
-/// Whether `delta` is taken from the scores again, because the saved output is too coarse: see [`delta_kernel`].
-pub(crate) fn exact_delta(problem: &Problem) -> bool {
-    problem.element.bytes() < size_of::<f32>() && problem.seq_kv > 0
+/// Bytes of the scratch buffer of a forward, or of a backward and its partial sums.
+pub(crate) fn scratch_bytes(problem: &Problem, backward: Option<&Reductions>) -> usize {
+    Layout::of(&without_absent_scores(problem), backward).bytes()
 }
 
 /// Whether `dk` and `dv` come from one launch.
@@ -178,6 +174,7 @@ struct Backward<'a> {
     problem: &'a Problem,
     operands: &'a Operands<DeviceTensor>,
     outputs: &'a Outputs,
+    reductions: Reductions,
     layout: Layout,
     scratch: DeviceTensor,
 }
@@ -189,7 +186,7 @@ impl Backward<'_> {
 
     fn row_statistics(&self, rows: usize) {
         let Outputs { o, lse, do_, dlse } = self.outputs;
-        let with_o = !exact_delta(self.problem);
+        let with_o = !self.reductions.exact_delta;
         let (o, d_o) = (with_o.then_some(o), with_o.then_some(do_));
         let bound = [lse, &self.scratch].into_iter().chain(o).chain(d_o).chain(dlse);
         let (bindings, address) = binding_facts(bound);
@@ -317,13 +314,17 @@ impl Backward<'_> {
         let &[batch, heads, queries, keys] = &dbias.shape[..] else {
             unreachable!("a checked bias has four dimensions")
         };
-        let (bindings, address) = binding_facts([q, k, v, &self.outputs.do_, bias, &self.scratch, dbias].into_iter());
+        let parts = self.reductions.bias_parts;
+        let direct = (parts == 1).then_some(dbias);
+        let bound = [q, k, v, &self.outputs.do_, bias, &self.scratch].into_iter().chain(direct);
+        let (bindings, address) = binding_facts(bound);
         self.launcher.note("backward_bias", bindings);
+        let tiles = batch * heads * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
         // SAFETY: rows, keys and elements are tested against the checked shapes.
         unsafe {
             bias_gradient_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(batch * heads * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols())),
+                self.launcher.cubes(tiles * parts),
                 self.launcher.dim(),
                 address,
                 q.arg(),
@@ -332,14 +333,35 @@ impl Backward<'_> {
                 self.outputs.do_.arg(),
                 bias.arg(),
                 self.scratch.buffer(),
-                dbias.buffer(),
+                direct.map(DeviceTensor::buffer).into(),
                 BiasShapeLaunch::new(batch as u32, heads as u32, queries as u32, keys as u32),
+                parts as u32,
                 self.numbers(),
+                direct.is_some(),
                 queries == 1,
                 keys == 1,
                 tile,
                 q.elem,
             );
+        }
+        if direct.is_none() {
+            let (bindings, address) = binding_facts([&self.scratch, dbias].into_iter());
+            self.launcher.note_small("bias_sum", bindings, 0);
+            // SAFETY: elements are tested; the section holds that many for each part.
+            unsafe {
+                bias_sum_kernel::launch_unchecked(
+                    self.launcher.client,
+                    self.launcher.cubes(dbias.elements().div_ceil(SUM_UNITS)),
+                    CubeDim::new_1d(SUM_UNITS as u32),
+                    address,
+                    self.scratch.buffer(),
+                    dbias.buffer(),
+                    dbias.elements(),
+                    parts as u32,
+                    self.numbers(),
+                    dbias.elem,
+                );
+            }
         }
     }
 
@@ -541,7 +563,8 @@ fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
         layout.slopes,
         layout.sinks,
         layout.lengths,
-        layout.partials,
+        layout.slope_partials,
+        layout.bias_partials,
         layout.mask,
         step(mask[0], mask[1] * mask[2] * row_words),
         step(mask[1], mask[2] * row_words),

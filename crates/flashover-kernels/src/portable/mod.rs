@@ -16,10 +16,12 @@ mod forward;
 mod gradient;
 mod launch;
 mod parameters;
+mod reductions;
 mod scratch;
 mod tile;
 mod walk;
 
 pub use launch::{BINDINGS, Outputs, backward, check_limits, forward};
-pub(crate) use launch::{SUM_UNITS, exact_delta, keys_fused, scratch_bytes};
+pub(crate) use launch::{SUM_UNITS, keys_fused, scratch_bytes};
+pub(crate) use reductions::Reductions;
 pub use tile::TileConfig;

@@ -20,8 +20,9 @@ pub(crate) struct BiasShape {
     pub keys: u32,
 }
 
-/// `dbias = Σ ds` over the dimensions that the bias is broadcast along. One cube a tile of the bias's own shape, which
-/// walks the batch elements, heads, query tiles and key tiles that read it, in this order, and sums in registers.
+/// `dbias = Σ ds` over the dimensions that the bias is broadcast along. The batch elements, heads and query tiles that read
+/// a tile of the bias's own shape, in this order, are dealt to `parts` cubes, each of which walks the key tiles and sums in
+/// registers. Where there are several parts, [`bias_sum_kernel`] adds them up.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn bias_gradient_kernel<E: Float>(
     q: &Tensor<E>,
@@ -29,10 +30,12 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     v: &Tensor<E>,
     d_o: &Tensor<E>,
     bias: &Tensor<E>,
-    scratch: &[u32],
-    dbias: &mut [E],
+    scratch: &mut [u32],
+    mut dbias: ComptimeOption<&mut [E]>,
     shape: BiasShape,
+    parts: u32,
     n: Numbers,
+    #[comptime] direct: bool,
     #[comptime] across_queries: bool,
     #[comptime] across_keys: bool,
     #[comptime] tile: TileConfig,
@@ -40,7 +43,7 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
 ) {
     let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
     let (row_tiles, col_tiles) = (shape.queries.div_ceil(bq), shape.keys.div_ceil(bk));
-    let cube = CUBE_POS;
+    let (cube, part) = (CUBE_POS / parts as usize, (CUBE_POS % parts as usize) as u32);
     let head_tiles = row_tiles as usize * col_tiles as usize;
     if cube >= shape.batch as usize * shape.heads as usize * head_tiles {
         terminate!();
@@ -72,68 +75,56 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     if across_keys {
         key_tiles = n.seq_kv.div_ceil(bk);
     }
-    for x in 0..batches * heads {
+    let terms = batches * heads * query_tiles;
+    let share = terms.div_ceil(parts);
+    for term in part * share..min((part + 1) * share, terms) {
+        let (x, y) = (term / query_tiles, term % query_tiles);
         let (b, h) = (own_b + x / heads, own_h + x % heads);
         let kv = h / (n.heads_q / n.heads_kv);
-        let at = head_of::<E>(b, h, scratch, biases, n, true);
+        let at = head_of::<E>(b, h, &*scratch, biases, n, true);
         let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
         let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
         let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
-        for y in 0..query_tiles {
-            let i0 = own_i + y * bq;
-            let stats = statistics(i0 + ty, tile.row_units, at, scratch, n);
-            for z in 0..key_tiles {
-                let j0 = own_j + z * bk;
-                if !tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n) {
-                    let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, true);
-                    product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
-                    product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
-                    score_gradients::<E>(
-                        &mut s,
-                        &mut dp,
-                        &stats,
-                        i0 + ty,
-                        j0 + tx,
-                        full,
-                        at,
-                        scratch,
-                        biases,
-                        n,
-                        false,
-                        false,
-                        Side::Queries,
-                        true,
-                        tile,
-                    );
-                    #[unroll(tile.unroll)]
-                    for e in 0..PIECE {
-                        sums[e] += select(is_hidden(dp[e]), 0.0f32, dp[e]);
-                    }
+        let i0 = own_i + y * bq;
+        let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
+        for z in 0..key_tiles {
+            let j0 = own_j + z * bk;
+            if !tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n) {
+                let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, true);
+                product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
+                product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+                score_gradients::<E>(
+                    &mut s,
+                    &mut dp,
+                    &stats,
+                    i0 + ty,
+                    j0 + tx,
+                    full,
+                    at,
+                    &*scratch,
+                    biases,
+                    n,
+                    false,
+                    false,
+                    Side::Queries,
+                    true,
+                    tile,
+                );
+                #[unroll(tile.unroll)]
+                for e in 0..PIECE {
+                    sums[e] += select(is_hidden(dp[e]), 0.0f32, dp[e]);
                 }
             }
         }
     }
     store_weights(&sums, &mut weights, tile);
     sync_cube();
-    write_bias_tile::<E>(&weights, dbias, own_head, own_i, own_j, shape, across_queries, across_keys, tile);
-}
 
-/// Writes a tile of the bias's gradient, summed along the rows or the columns where the bias is broadcast along them.
-#[cube]
-fn write_bias_tile<E: Float>(
-    weights: &Shared<[V4]>,
-    dbias: &mut [E],
-    head: u32,
-    i0: u32,
-    j0: u32,
-    shape: BiasShape,
-    #[comptime] across_queries: bool,
-    #[comptime] across_keys: bool,
-    #[comptime] tile: TileConfig,
-) {
-    let base = head as usize * shape.queries as usize;
-    let (mut rows, mut cols) = (comptime!(tile.rows() as u32).runtime(), comptime!(tile.cols() as u32).runtime());
+    // The tile's sums, along the rows or the columns where the bias is broadcast along them.
+    let base = own_head as usize * shape.queries as usize;
+    let elements = shape.batch as usize * shape.heads as usize * shape.queries as usize * shape.keys as usize;
+    let (mut rows, mut cols) = (bq.runtime(), bk.runtime());
     if across_queries {
         rows = 1u32.runtime();
     }
@@ -143,25 +134,64 @@ fn write_bias_tile<E: Float>(
     let mut x = UNIT_POS;
     while x < rows * cols {
         let (row, col) = (x / cols, x % cols);
-        if i0 + row < shape.queries && j0 + col < shape.keys {
-            let mut sum = 0.0f32;
-            let (mut row_end, mut col_end) = (row + 1, col + 1);
-            if across_queries {
-                row_end = comptime!(tile.rows() as u32).runtime();
+        if own_i + row < shape.queries && own_j + col < shape.keys {
+            let sum = bias_sum(&weights, row, col, across_queries, across_keys, tile);
+            let place = (base + (own_i + row) as usize) * shape.keys as usize + (own_j + col) as usize;
+            if direct {
+                dbias.as_mut().unwrap()[place] = E::cast_from(sum);
+            } else {
+                scratch[n.bias_partials_at + part as usize * elements + place] = u32::reinterpret(sum);
             }
-            if across_keys {
-                col_end = comptime!(tile.cols() as u32).runtime();
-            }
-            for j in col..col_end {
-                for i in row..row_end {
-                    let group = comptime!(tile.row_units as u32);
-                    let v = weights[(j * comptime!(tile.weights_stride() as u32) + i % group) as usize];
-                    sum += v.extract_dynamic((i / group) as usize);
-                }
-            }
-            dbias[(base + (i0 + row) as usize) * shape.keys as usize + (j0 + col) as usize] = E::cast_from(sum);
         }
         x += comptime!(tile.units() as u32);
+    }
+}
+
+/// A tile's sum for element `(row, col)` of the bias: over all rows, or all columns, where it is broadcast along them.
+#[cube]
+fn bias_sum(
+    weights: &Shared<[V4]>,
+    row: u32,
+    col: u32,
+    #[comptime] across_queries: bool,
+    #[comptime] across_keys: bool,
+    #[comptime] tile: TileConfig,
+) -> f32 {
+    let mut sum = 0.0f32;
+    let (mut row_end, mut col_end) = (row + 1, col + 1);
+    if across_queries {
+        row_end = comptime!(tile.rows() as u32).runtime();
+    }
+    if across_keys {
+        col_end = comptime!(tile.cols() as u32).runtime();
+    }
+    for j in col..col_end {
+        for i in row..row_end {
+            let group = comptime!(tile.row_units as u32);
+            let v = weights[(j * comptime!(tile.weights_stride() as u32) + i % group) as usize];
+            sum += v.extract_dynamic((i / group) as usize);
+        }
+    }
+    sum
+}
+
+/// `dbias` from its partial sums, added in order. A unit an element.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn bias_sum_kernel<E: Float>(
+    scratch: &[u32],
+    dbias: &mut [E],
+    elements: usize,
+    parts: u32,
+    n: Numbers,
+    #[define(E)] _dtype: ElemType,
+) {
+    let x = ABSOLUTE_POS;
+    if x < elements {
+        let mut sum = 0.0f32;
+        for part in 0..parts {
+            sum += f32::reinterpret(scratch[n.bias_partials_at + part as usize * elements + x]);
+        }
+        dbias[x] = E::cast_from(sum);
     }
 }
 
@@ -205,7 +235,7 @@ pub(crate) fn head_sums_kernel(
                     }
                 }
                 HeadSum::Slopes => {
-                    sum += f32::reinterpret(scratch[n.partials_at + at]);
+                    sum += f32::reinterpret(scratch[n.slope_partials_at + at]);
                 }
             }
             x += comptime!(units as u32);

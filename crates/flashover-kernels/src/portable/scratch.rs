@@ -8,6 +8,7 @@ use cubecl::prelude::*;
 
 use super::element::Numbers;
 use super::launch::{Launcher, SUM_UNITS};
+use super::reductions::Reductions;
 use super::tile::is_minus_infinity;
 use crate::device::DeviceTensor;
 use crate::operands::Operands;
@@ -26,7 +27,9 @@ pub(crate) struct Layout {
     /// Key lengths `[B]`.
     pub lengths: usize,
     /// Partial sums of the slopes' gradient, one a query tile and head.
-    pub partials: usize,
+    pub slope_partials: usize,
+    /// Partial sums of the bias's gradient, each in the bias's own shape.
+    pub bias_partials: usize,
     /// The mask in its own shape, each row of keys padded to whole words; 1 is visible.
     pub mask: usize,
     /// Words of all sections.
@@ -34,9 +37,9 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Sections for a problem: `statistics` for a backward, `partials` words for the slopes' gradient.
-    pub fn of(problem: &Problem, statistics: bool, partials: usize) -> Self {
-        let rows = if statistics { problem.batch * problem.heads_q * problem.seq_q } else { 0 };
+    /// Sections for a forward, or for a backward and its partial sums.
+    pub fn of(problem: &Problem, backward: Option<&Reductions>) -> Self {
+        let rows = backward.map_or(0, |_| problem.batch * problem.heads_q * problem.seq_q);
         let mut layout = Layout { words: 1, ..Layout::default() };
         let mut section = |on: bool, words: usize| {
             let at = layout.words;
@@ -47,9 +50,10 @@ impl Layout {
         let slopes = section(problem.alibi, problem.heads_q);
         let sinks = section(problem.learned_sinks, problem.heads_q);
         let lengths = section(problem.key_lengths, problem.batch);
-        let partials = section(true, partials);
+        let slope_partials = section(true, backward.map_or(0, |backward| backward.slope_partials));
+        let bias_partials = section(true, backward.map_or(0, |backward| backward.bias_partials(problem)));
         let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
-        Layout { lse, delta, slopes, sinks, lengths, partials, mask, ..layout }
+        Layout { lse, delta, slopes, sinks, lengths, slope_partials, bias_partials, mask, ..layout }
     }
 
     /// Bytes of all sections.

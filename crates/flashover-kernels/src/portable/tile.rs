@@ -22,6 +22,10 @@ pub(crate) const LANES: usize = 4;
 /// Elements of a unit's piece of a tile.
 pub(crate) const PIECE: usize = LANES * LANES;
 
+/// Steps of the innermost loops that are always unrolled: enough to keep a software GPU from counting its way through
+/// them, few enough for its compiler.
+const STEP: usize = 4;
+
 /// What the weights tile holds where a score is hidden. A probability never gets there, nor does the gradient of a
 /// score that is not about to overflow; a NaN differs from it, so a visible NaN stays visible.
 pub(crate) const HIDDEN: f32 = f32::MAX;
@@ -252,12 +256,16 @@ pub(crate) fn product_scores<E: Float>(
         load_transposed::<E>(b, from_b, row_b, d, stage, tile.stage_cols(), tile.col_units, tile);
         sync_cube();
         #[unroll(tile.unroll)]
-        for dd in 0..tile.depth {
-            let x = stage[dd * comptime!(tile.row_units + 1) + ty as usize];
-            let y = stage[comptime!(tile.stage_cols()) + dd * comptime!(tile.col_units + 1) + tx as usize];
+        for step in 0..comptime!(tile.depth / STEP) {
             #[unroll]
-            for c in 0..LANES {
-                sums[c] += x * V4::new(y.extract(c));
+            for part in 0..STEP {
+                let dd = step * STEP + part;
+                let x = stage[dd * comptime!(tile.row_units + 1) + ty as usize];
+                let y = stage[comptime!(tile.stage_cols()) + dd * comptime!(tile.col_units + 1) + tx as usize];
+                #[unroll]
+                for c in 0..LANES {
+                    sums[c] += x * V4::new(y.extract(c));
+                }
             }
         }
         d += comptime!(tile.depth as u32);
@@ -310,23 +318,31 @@ pub(crate) fn product_values<E: Float>(
         load_values::<E>(b, from, row, chunk as u32 * comptime!(tile.cols() as u32), stage, tile);
         sync_cube();
         if tested {
-            for j in 0..tile.cols() {
-                let w = weights[j * comptime!(tile.weights_stride()) + ty as usize];
-                let v = stage[j * tile.col_units + tx as usize];
+            for step in 0..comptime!(tile.cols() / STEP) {
                 #[unroll]
-                for r in 0..LANES {
-                    if !is_hidden(w.extract(r)) {
-                        sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                for part in 0..STEP {
+                    let j = step * STEP + part;
+                    let w = weights[j * comptime!(tile.weights_stride()) + ty as usize];
+                    let v = stage[j * tile.col_units + tx as usize];
+                    #[unroll]
+                    for r in 0..LANES {
+                        if !is_hidden(w.extract(r)) {
+                            sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                        }
                     }
                 }
             }
         } else {
-            for j in 0..tile.cols() {
-                let w = weights[j * comptime!(tile.weights_stride()) + ty as usize];
-                let v = stage[j * tile.col_units + tx as usize];
+            for step in 0..comptime!(tile.cols() / STEP) {
                 #[unroll]
-                for r in 0..LANES {
-                    sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                for part in 0..STEP {
+                    let j = step * STEP + part;
+                    let w = weights[j * comptime!(tile.weights_stride()) + ty as usize];
+                    let v = stage[j * tile.col_units + tx as usize];
+                    #[unroll]
+                    for r in 0..LANES {
+                        sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                    }
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use flashover_kernels::launch_log::{self, Launch};
 use flashover_kernels::operands::Wanted;
-use flashover_kernels::problem::Problem;
+use flashover_kernels::problem::{Element, Problem};
 use pulp::{Arch, Simd, WithSimd};
 
 use super::context::Context;
@@ -82,7 +82,7 @@ pub fn backward<T: Float>(
             &exact_lse
         }
     };
-    let delta = match rounds_output::<T>() {
+    let delta = match delta_from_scores(problem, wanted) {
         true => exact_delta::compute(&context, do_, lse, dlse),
         false => deltas(&context, &o, &do_, dlse),
     };
@@ -134,7 +134,7 @@ fn plan(problem: &Problem, wanted: Wanted) -> Plan {
 pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
     let rows = problem.batch * problem.heads_q * problem.seq_q;
     let tiles = rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes();
-    let statistics = if rounds_output::<T>() { 2 } else { 1 };
+    let statistics = if delta_from_scores(problem, wanted) { 2 } else { 1 };
     Launch {
         kernel: "flex_backward",
         config: format!("plan={:?} bq={BQ} bk={BK} simd={}", plan(problem, wanted), simd_name()),
@@ -145,9 +145,14 @@ pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
     }
 }
 
-/// Whether `o` is stored with less precision than it is computed with.
-fn rounds_output<T: Float>() -> bool {
-    T::as_compute(&[]).is_none()
+/// Whether `delta` is taken from the scores again: where `o` is stored with less precision than it is computed with, and
+/// where a parameter that many scores share would add up what the rounding of `o` leaves in each of them.
+pub(super) fn delta_from_scores(problem: &Problem, wanted: Wanted) -> bool {
+    match problem.element {
+        Element::F64 => false,
+        Element::F32 => wanted.bias || wanted.alibi_slopes,
+        Element::F16 | Element::BF16 => true,
+    }
 }
 
 /// `delta_i = Σ_d do_i[d] · o_i[d] − dlse_i`.

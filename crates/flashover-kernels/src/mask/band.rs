@@ -1,12 +1,13 @@
 //! What a query may see by position: causal order, a window around it, always-visible first keys.
-//!
-//! `true` attends here, everywhere below the public boundary; Burn's boolean masks (`true` hides) are converted
-//! once, where they enter. Positions are aligned to the bottom right: query `i` stands at `a = i + Skv − Sq` on the
-//! key axis, so that the last query sees the last key.
+
+use std::ops::Range;
 
 use cubecl::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::fingerprint::Fingerprint;
+use super::primitive::{Plane, Primitive, Reach, push_offset};
+use super::spans::{Span, Spans};
 use crate::problem::ProblemError;
 
 /// A window side that reaches everything. Far beyond any sequence, and still free of overflow in i32 sums.
@@ -64,6 +65,10 @@ impl Band {
         Ok(())
     }
 
+    pub(super) fn fingerprint(&self, out: &mut Fingerprint) {
+        out.words(&[u32::from(self.causal), self.left, self.right, self.sinks]);
+    }
+
     /// The same facts as the scalars that kernels take: `(ahead, left, right, sinks)`, see [`band_allows()`].
     pub fn scalars(&self) -> (i32, i32, i32, i32) {
         let ahead = if self.causal { 0 } else { UNBOUNDED as i32 };
@@ -86,6 +91,63 @@ impl Band {
         } else {
             TileKind::Partial
         }
+    }
+}
+
+/// A band over given lengths.
+pub(crate) struct BoundBand {
+    pub band: Band,
+    /// `Skv − Sq`.
+    pub shift: i32,
+}
+
+impl BoundBand {
+    /// First and last position of `queries`.
+    fn positions(&self, queries: &Range<u32>) -> (i64, i64) {
+        (queries.start as i64 + self.shift as i64, queries.end as i64 - 1 + self.shift as i64)
+    }
+
+    /// `(ahead, left, right, sinks)`.
+    fn scalars(&self) -> (i64, i64, i64, i64) {
+        let (ahead, left, right, sinks) = self.band.scalars();
+        (ahead.into(), left.into(), right.into(), sinks.into())
+    }
+}
+
+impl Primitive for BoundBand {
+    fn allows(&self, _: Plane, i: u32, j: u32) -> bool {
+        self.band.allows(i as i32 + self.shift, j as i32)
+    }
+
+    fn reach(&self, _: Plane, queries: Range<u32>, keys: Span) -> Reach {
+        let (a0, a1) = self.positions(&queries);
+        let (ahead, left, right, sinks) = self.scalars();
+        let mut reach = Reach::default();
+        // The windows of consecutive queries overlap, so together they reach one span of keys.
+        reach.any.push(0, sinks.min(a1 + ahead + 1), keys);
+        let mut window = Spans::none();
+        window.push(a0 - left, a1 + right.min(ahead) + 1, keys);
+        reach.any = reach.any.union(&window);
+        // What all see lies in the window of the first and of the last, or among the sinks.
+        let end = a0 + ahead + 1;
+        reach.all.push(0, sinks.min(end), keys);
+        let mut window = Spans::none();
+        window.push(a1 - left, (a0 + right + 1).min(end), keys);
+        reach.all = reach.all.union(&window);
+        reach
+    }
+
+    /// The bounds relative to the tile, clamped where they leave it.
+    fn signature(&self, _: Plane, queries: Range<u32>, keys: Span, out: &mut Vec<u32>) -> bool {
+        let (a0, _) = self.positions(&queries);
+        let (ahead, left, right, sinks) = self.scalars();
+        let (rows, columns) = ((queries.end - queries.start) as i64, (keys.end - keys.start) as i64);
+        let offset = a0 - keys.start as i64;
+        push_offset(out, offset + ahead, -rows, columns);
+        push_offset(out, offset - left, -rows, columns);
+        push_offset(out, offset + right, -rows, columns);
+        push_offset(out, sinks - keys.start as i64, 0, columns);
+        true
     }
 }
 

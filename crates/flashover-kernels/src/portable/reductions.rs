@@ -1,0 +1,47 @@
+//! How a backward takes its sums: decided from the problem alone, so that launches and [`cost`](crate::cost) agree.
+
+use super::tile::TileConfig;
+use crate::operands::Wanted;
+use crate::problem::Problem;
+
+/// Cubes that the bias's gradient is spread over at least, where there is so much to do: a few for each multiprocessor of
+/// the largest devices.
+const CUBES: usize = 512;
+
+/// How a backward takes its sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reductions {
+    /// Whether `delta` is taken from the scores again: see [`delta`](super::delta).
+    pub exact_delta: bool,
+    /// Partial sums of the slopes' gradient, one a query tile and head; 0 if it is not wanted.
+    pub slope_partials: usize,
+    /// Parts that the sum of each element of the bias's gradient is taken in; 0 if it is not wanted.
+    pub bias_parts: usize,
+}
+
+impl Reductions {
+    pub fn of(problem: &Problem, wanted: Wanted, tile: TileConfig) -> Self {
+        let Problem { batch, heads_q, seq_q, seq_kv, .. } = *problem;
+        let query_tiles = seq_q.div_ceil(tile.rows());
+        let slopes = wanted.alibi_slopes && problem.alibi;
+        let bias = problem.bias.filter(|_| wanted.bias && batch * heads_q * seq_q * seq_kv > 0);
+        Reductions {
+            // The saved output is too coarse in half precision; and a parameter that many scores share adds up what its
+            // rounding leaves in each of them.
+            exact_delta: seq_kv > 0 && (problem.element.bytes() < size_of::<f32>() || slopes || bias.is_some()),
+            slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
+            bias_parts: bias.map_or(0, |[b, h, queries, keys]| {
+                let tiles = b * h * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
+                let heads = (batch / b) * (heads_q / h);
+                let terms = heads * if queries == 1 { query_tiles } else { 1 };
+                CUBES.div_ceil(tiles).min(terms)
+            }),
+        }
+    }
+
+    /// Words of the partial sums of the bias's gradient; none if each element is summed at once.
+    pub fn bias_partials(&self, problem: &Problem) -> usize {
+        let elements: usize = problem.bias.map_or(0, |shape| shape.iter().product());
+        if self.bias_parts > 1 { self.bias_parts * elements } else { 0 }
+    }
+}
