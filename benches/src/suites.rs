@@ -53,18 +53,11 @@ pub fn flex(plan: &Plan) -> Result<Vec<Row>, String> {
             Err(reason) => println!("torch_cpu not measured: {reason}"),
         }
     }
-    for seq in [4096, 8192, 16_384, 32_768, 65_536] {
-        let case = Case::new(window(1024), 1, 8, seq, 64, Element::F32);
-        if plan.takes(&case) {
-            gate::check(&case, &device)?;
-            let bytes = peak_of(&case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
-            rows.push(run.less(&case.name(), "peak_extra_bytes", bytes, None));
-        }
-    }
+    memory_slope(&run, plan, Element::F32, &device, &mut rows)?;
     Ok(rows)
 }
 
-/// The default device of the build's features, against Burn's own attention.
+/// The default device of the build's features, against Burn's own attention; memory up to S 65,536.
 pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
     let device = Device::default();
     if device == Device::flex() {
@@ -87,11 +80,26 @@ pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
                 compare(&run, plan, &case, &device, &mut rows)?;
             }
         }
+        memory_slope(&run, plan, element, &device, &mut rows)?;
     }
     Ok(rows)
 }
 
-/// Forward, backward and both, ours against Burn's, and on the CPU the memory of both.
+/// Memory of forward and backward in a window, as the sequence grows.
+fn memory_slope(run: &Run, plan: &Plan, element: Element, device: &Device, rows: &mut Vec<Row>) -> Result<(), String> {
+    for seq in [4096, 8192, 16_384, 32_768, 65_536] {
+        let case = Case::new(window(1024), 1, 8, seq, 64, element);
+        if plan.takes(&case) {
+            println!("{}: checking, then counting memory", case.name());
+            gate::check(&case, device)?;
+            let bytes = peak_of(&case, device, |case, t| Some(case.ours(t))).expect("ours always runs");
+            rows.push(run.less(&case.name(), "peak_extra_bytes", bytes, None));
+        }
+    }
+    Ok(())
+}
+
+/// Forward, backward and both, ours against Burn's, and the memory of both.
 fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<Row>) -> Result<(), String> {
     let name = case.name();
     println!("{name}: checking, then timing");
@@ -115,6 +123,7 @@ fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<
         Some(("burn", case.forward_flops() / peer / 1e9)),
     ));
 
+    drop(t);
     let device = device.clone().autodiff();
     let t = case.tensors(&device);
     let both = |burn: bool, backward_alone: bool| {
@@ -137,22 +146,43 @@ fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<
     );
     rows.push(run.less(&name, "forward_backward_ms", ours, Some(("burn", peer))));
     rows.push(run.less(&name, "backward_ms", ours_backward, Some(("burn", peer_backward))));
-    if run.suite == "flex" {
-        let ours = peak_of(case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
-        let peer = peak_of(case, &device, |case, t| case.burn(t)).expect("Burn has this attention");
-        rows.push(run.less(&name, "peak_extra_bytes", ours, Some(("burn", peer))));
-    }
+    drop(t);
+    let ours = peak_of(case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
+    let peer = peak_of(case, &device, |case, t| case.burn(t)).expect("Burn has this attention");
+    rows.push(run.less(&name, "peak_extra_bytes", ours, Some(("burn", peer))));
     Ok(())
 }
 
-/// Peak bytes of forward and backward beyond the operands, counted by the allocator.
-fn peak_of(case: &Case, device: &Device, call: impl Fn(&Case, &Tensors) -> Option<Tensor<4>>) -> Option<f64> {
-    let t = case.tensors(&device.clone().autodiff());
+/// What a case calls: ours or the peer; `None` if that has no such attention.
+type Call = fn(&Case, &Tensors) -> Option<Tensor<4>>;
+
+/// Peak bytes of forward and backward beyond the operands: counted by the device's pools, or on the CPU by the
+/// allocator.
+fn peak_of(case: &Case, device: &Device, call: Call) -> Option<f64> {
+    let device = device.clone().autodiff();
+    if device.memory_pool_usage().is_some() {
+        let count = || device_peak_of(case, &device, call);
+        return std::thread::scope(|scope| scope.spawn(count).join()).expect("the measurement ends");
+    }
+    let t = case.tensors(&device);
     let (ran, bytes) = memory::peak_extra(|| {
         let o = call(case, &t)?;
         Some(loss(o).backward())
     });
     ran.map(|_| bytes as f64)
+}
+
+/// On a thread that has not used the device before.
+fn device_peak_of(case: &Case, device: &Device, call: Call) -> Option<f64> {
+    let t = case.tensors(device);
+    drop(loss(call(case, &t)?).backward());
+    let mut peak = memory::DevicePeak::start(device)?;
+    let o = call(case, &t)?;
+    peak.look();
+    let gradients = loss(o).backward();
+    peak.look();
+    drop(gradients);
+    Some(peak.bytes() as f64)
 }
 
 /// A loss whose gradient is not constant.

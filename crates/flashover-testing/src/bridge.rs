@@ -114,7 +114,8 @@ impl Tensors {
     }
 }
 
-fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>> {
+/// The sum of two passes' gradients, each tensor in f64; what only one pass has is that pass's.
+pub fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>> {
     let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| match (x, y) {
         (Some(x), Some(y)) => Some(x.into_iter().zip(y).map(|(x, y)| x + y).collect()),
         (x, y) => x.or(y),

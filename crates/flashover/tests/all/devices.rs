@@ -1,8 +1,11 @@
 //! The devices that tests run on, and how a test says that it cannot run.
 
 use burn::tensor::Device;
-#[cfg(feature = "webgpu")]
-use burn::tensor::DeviceKind;
+
+// Only where WGSL is compiled for Vulkan: SPIR-V asks for more than what is granted everywhere, Metal is no Vulkan.
+#[cfg(all(feature = "webgpu", not(any(feature = "vulkan", feature = "metal"))))]
+#[path = "limited.rs"]
+pub mod limited;
 
 /// The native CPU.
 pub fn flex() -> Device {
@@ -19,13 +22,18 @@ pub fn chunked() -> Vec<(&'static str, Device)> {
     ]
 }
 
-/// The GPU of the build, a software one if need be; `None` in a build without one.
+/// The GPU of the build, a software one if need be; under WebGPU one that has no more than what is granted everywhere.
+/// `None` in a build without one.
+#[allow(unreachable_code)]
 pub fn gpu() -> Option<Device> {
     #[cfg(feature = "cuda")]
     return Some(Device::cuda(0));
-    #[cfg(all(feature = "webgpu", not(feature = "cuda")))]
-    return Some(Device::wgpu(DeviceKind::DefaultDevice));
-    #[cfg(not(any(feature = "cuda", feature = "webgpu")))]
+    #[cfg(feature = "rocm")]
+    return Some(Device::rocm(0));
+    #[cfg(all(feature = "webgpu", not(any(feature = "vulkan", feature = "metal"))))]
+    return Some(limited::limited());
+    #[cfg(any(feature = "vulkan", feature = "metal"))]
+    return Some(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice));
     None
 }
 

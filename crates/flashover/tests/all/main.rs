@@ -4,7 +4,11 @@ mod bad_input;
 mod devices;
 mod differentiation;
 mod drop_in;
+#[cfg(all(feature = "fusion", feature = "cubecl-backend"))]
+mod fusion;
 mod grid;
+#[cfg(all(feature = "webgpu", not(any(feature = "vulkan", feature = "metal"))))]
+mod limits;
 mod nn;
 mod non_finite;
 mod properties;

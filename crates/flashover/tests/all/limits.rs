@@ -1,0 +1,77 @@
+//! The limits of the software GPU that every GPU test runs on are real: the device reports them, and refuses more.
+
+use burn::backend::DispatchDevice;
+use burn::tensor::{Distribution, Tensor};
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use flashover::kernels::device::DeviceLimits;
+
+use crate::devices::limited::limited;
+
+fn client() -> Client {
+    let device = limited();
+    let DispatchDevice::Cube(device) = device.as_dispatch() else { panic!("a CubeCL device") };
+    device.client()
+}
+
+#[test]
+fn the_device_reports_what_webgpu_grants() {
+    let limits = DeviceLimits::of(&client());
+    assert_eq!((limits.max_bindings, limits.max_shared_bytes, limits.max_units), (7, 16 * 1024, 256));
+}
+
+/// Sums the first elements of `inputs` with a detour through so many words of shared memory.
+#[cube(launch)]
+fn sum_first(inputs: &Sequence<Box<[u32]>>, output: &mut [u32], #[comptime] words: usize) {
+    let mut total = 0u32;
+    #[unroll]
+    for i in 0..inputs.len() {
+        total += inputs[i][0];
+    }
+    let mut shared = Shared::<[u32]>::new_slice(words);
+    shared[words - 1] = total;
+    sync_cube();
+    output[0] = shared[words - 1];
+}
+
+/// Runs a kernel that asks for so much, through CubeCL as every kernel of ours.
+fn asks_for(bindings: usize, words: usize, units: u32) -> Result<u32, String> {
+    let client = client();
+    let inputs: Vec<_> = (1..bindings).map(|_| client.create_from_slice(u32::as_bytes(&[1]))).collect();
+    let output = client.create_from_slice(u32::as_bytes(&[0]));
+    // SAFETY: each of the buffers holds one element.
+    let one = |handle: &cubecl::server::Handle| unsafe { BufferArg::from_raw_parts(handle.clone(), 1) };
+    let count = CubeCount::Static(1, 1, 1);
+    sum_first::launch(&client, count, CubeDim::new_1d(units), inputs.iter().map(one).collect(), one(&output), words);
+    match client.read_one(output) {
+        Ok(data) => Ok(u32::from_bytes(&data)[0]),
+        Err(error) if error.is_refusal() => Err(error.to_string()),
+        Err(error) => panic!("expected a refusal, got {error}"),
+    }
+}
+
+#[test]
+fn the_device_refuses_more() {
+    let words = 16 * 1024 / size_of::<u32>();
+    assert_eq!(asks_for(7, words, 256), Ok(6), "what is granted runs");
+    for (what, answer) in [
+        ("bindings", asks_for(8, words, 256)),
+        ("shared memory", asks_for(7, words + 1, 256)),
+        ("units", asks_for(7, words, 257)),
+    ] {
+        let error = answer.expect_err(&format!("a kernel with too many {what} ran"));
+        println!("{what}: {error}");
+    }
+}
+
+#[test]
+fn burns_own_kernels_run_on_it() {
+    let device = &limited();
+    device.seed(3);
+    let x = Tensor::<2>::random([130, 70], Distribution::Normal(0.0, 1.0), device);
+    let y = (x.clone() * 2.0 + 1.0).matmul(x.clone().transpose()).sum_dim(1);
+    let host = burn::tensor::Device::flex();
+    let x = Tensor::<2>::from_data(x.into_data(), &host);
+    let expected = (x.clone() * 2.0 + 1.0).matmul(x.transpose()).sum_dim(1);
+    y.into_data().assert_approx_eq::<f32>(&expected.into_data(), burn::tensor::Tolerance::rel_abs(1e-4, 1e-2));
+}
