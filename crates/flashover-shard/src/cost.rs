@@ -399,16 +399,22 @@ fn transfer(
         return None;
     }
     let of_weights = op.inputs().iter().any(|&id| program.tensor(id).storage == Storage::Weight);
-    let seconds = hardware.collective_seconds(moved.kind, mesh, moved.axes, moved.sent as f64);
+    // The pieces of an all-reduce are rounded up; without that, bytes are in proportion to the batch.
+    let group = moved.group as f64;
+    let sent = match moved.kind {
+        Collective::AllReduce | Collective::AllReduceMax => moved.payload as f64 * (group - 1.0) / group,
+        _ => moved.sent as f64,
+    };
+    let seconds = hardware.collective_seconds(moved.kind, mesh, moved.axes, sent);
     // The seconds are linear in the bytes, so two points give the part that is not.
-    let twice = hardware.collective_seconds(moved.kind, mesh, moved.axes, 2.0 * moved.sent as f64);
+    let twice = hardware.collective_seconds(moved.kind, mesh, moved.axes, 2.0 * sent);
     let loops = matches!(moved.kind, Collective::AllGather | Collective::ReduceScatter | Collective::Send);
     Some(Transfer {
         of_weights,
         payload: moved.payload as f64,
-        sent: moved.sent as f64,
+        sent,
         latency: 2.0 * seconds - twice,
         seconds,
-        hideable: if loops { 1.0 - 1.0 / moved.group as f64 } else { 0.0 },
+        hideable: if loops { 1.0 - 1.0 / group } else { 0.0 },
     })
 }

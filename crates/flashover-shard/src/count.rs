@@ -218,8 +218,12 @@ impl<'a> At<'_, 'a> {
             Op::Embed { output, .. } => count.activation_bytes = 2 * self.bytes(*output),
             Op::Append { new, .. } => count.activation_bytes = 2 * self.bytes(*new),
             _ => {
-                let touched = op.inputs().into_iter().chain(op.outputs());
-                count.activation_bytes = touched.map(|id| self.bytes(id)).sum();
+                for id in op.inputs().into_iter().chain(op.outputs()) {
+                    match self.storage(id) {
+                        Storage::Weight => count.weight_bytes += self.bytes(id),
+                        _ => count.activation_bytes += self.bytes(id),
+                    }
+                }
             }
         }
         Ok(count)
