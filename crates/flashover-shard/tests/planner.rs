@@ -47,10 +47,9 @@ fn the_full_sweep_takes_less_than_a_second() {
     println!("{} costed, {} refused, {} meshes, {best:?}", found.costed, found.refused, query.meshes.len());
     let all = query.meshes.len() * query.layouts.len() * query.batches.len() * query.weights.len() * 2;
     assert_eq!(found.costed + found.refused, all);
-    assert!(found.costed > 250_000, "{}", found.costed);
+    assert!(found.costed > 100_000, "{}", found.costed);
     let counts: BTreeSet<_> = found.plans.iter().map(|plan| plan.point.chips).collect();
-    // What 18432 = 2^11·9 and 73728 = 2^13·9 leave of 64 to 256 under the layouts that shard E over all chips, and more
-    // under those that do not.
+    // Of 64 to 256, those that divide E = 2^11·9 and F = 2^13·9.
     assert!([64, 72, 96, 128, 144, 192, 256].iter().all(|n| counts.contains(n)), "{counts:?}");
     if cfg!(not(debug_assertions)) {
         assert!(best < Duration::from_secs(1), "{best:?}");
