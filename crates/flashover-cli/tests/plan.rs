@@ -138,8 +138,14 @@ fn what_is_wrong_is_named() {
         ("--model palm-540b --hardware tpu-v4 --batch=-4", "batch: expected positive numbers"),
         ("--model palm-540b --hardware tpu-v4 --mesh 0x4x4", "mesh: expected axes of at least one chip"),
         ("--model palm-540b --hardware tpu-v4 --mesh 5x5x5 --batch 1", "no layout fits: "),
-        ("--model palm-540b --hardware tpu-v4 --mesh 2x2x2 --weights bf16", "memory: expected at most 34359738368 bytes a chip"),
-        ("--model palm-540b --hardware tpu-v4 --weights fp8", "weight type: expected one of bf16, int8, int4, got `fp8`"),
+        (
+            "--model palm-540b --hardware tpu-v4 --mesh 2x2x2 --weights bf16",
+            "memory: expected at most 34359738368 bytes a chip",
+        ),
+        (
+            "--model palm-540b --hardware tpu-v4 --weights fp8",
+            "weight type: expected one of bf16, int8, int4, got `fp8`",
+        ),
         ("--model palm-540b --hardware tpu-v4 --input 0", "tokens: expected 1 to"),
         ("--model ./none.json --hardware tpu-v4", "./none.json: "),
         (

@@ -105,11 +105,10 @@ fn solve(rows: &[[f64; 4]], set: u32) -> Option<[f64; 4]> {
         if a[pivot][pivot].abs() < 1e-10 {
             return None;
         }
-        for i in (0..n).filter(|&i| i != pivot) {
-            let factor = a[i][pivot] / a[pivot][pivot];
-            for j in pivot..=n {
-                a[i][j] -= factor * a[pivot][j];
-            }
+        let row = a[pivot].clone();
+        for other in a.iter_mut().enumerate().filter(|(i, _)| *i != pivot).map(|(_, other)| other) {
+            let factor = other[pivot] / row[pivot];
+            other.iter_mut().zip(&row).for_each(|(x, r)| *x -= factor * r);
         }
     }
     let mut factors = [0.0; 4];

@@ -24,7 +24,7 @@ pub struct Moved<'a> {
     pub payload: u64,
     /// Bytes that a chip sends.
     pub sent: u64,
-    /// The same without compression, and with elements of one byte: elements sent.
+    /// Elements that a chip sends.
     pub sent_elements: u64,
     /// Elements of the payload.
     pub payload_elements: u64,

@@ -178,6 +178,6 @@ fn merge(workers: Vec<Worker>) -> Sweep {
     let planned: HashSet<_> =
         plans.iter().flat_map(|plan| [place(plan, None), place(plan, Some(plan.point.batch))]).collect();
     refusals.retain(|r| !planned.contains(&(r.phase, r.layout, r.chips, r.batch)));
-    refusals.sort_by(|a, b| (a.phase, a.chips, a.layout, a.batch).cmp(&(b.phase, b.chips, b.layout, b.batch)));
+    refusals.sort_by_key(|r| (r.phase, r.chips, r.layout, r.batch));
     Sweep { costed, refused, plans, refusals }
 }
