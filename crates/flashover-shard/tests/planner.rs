@@ -158,7 +158,7 @@ fn best(query: &Query, phase: Phase, batch: usize, weights: WeightType) -> Layou
 
 const BOTH: [Mode; 2] = [Mode::Paper, Mode::Physical];
 
-/// Table 2 and Table 3's kind of answer: the layouts that the authors chose for the four scenarios win under the closed
+/// Table 2: the layouts that the authors chose for the four scenarios win under the closed
 /// forms' assumptions and under the physical ones. Gathered over all chips, a chip holds whole sequences and whole weights:
 /// heads and batch are then the same layout.
 #[test]
@@ -174,9 +174,9 @@ fn table_2_layouts_win() {
     }
 }
 
-/// Figure 7: prefill goes from 2D weight-stationary over X and XY to XYZ weight-gathered as the batch grows, and never back.
+/// §3.2.3 and Figure 3, for whole passes of PaLM 540B: prefill goes from 2D weight-stationary over X and XY to XYZ weight-gathered as the batch grows, and never back.
 #[test]
-fn figure_7_prefill_gathers_over_more_axes_as_the_batch_grows() {
+fn prefill_gathers_over_more_axes_as_the_batch_grows() {
     for mode in BOTH {
         let query =
             on("4x4x4", Query { mode, weights: vec![WeightType::Bf16], phases: vec![Phase::Prefill], ..query() });
@@ -186,7 +186,7 @@ fn figure_7_prefill_gathers_over_more_axes_as_the_batch_grows() {
             .iter()
             .map(|&batch| {
                 let point = Point { phase: Phase::Prefill, chips: 64, batch, weights: WeightType::Bf16 };
-                // Without asking what fits: the paper's figure holds a cache only as long as prefill lasts.
+                // Without asking what fits: the figure is of communication alone.
                 found.at(point).iter().min_by(|a, b| a.cost.seconds.total_cmp(&b.cost.seconds)).unwrap().weight_layout
             })
             .collect();
@@ -197,9 +197,9 @@ fn figure_7_prefill_gathers_over_more_axes_as_the_batch_grows() {
     }
 }
 
-/// Figure 6: decoding at batch 512, 2D beats 1D on 64, 128 and 256 chips, on the authors' meshes, and by more on more chips.
+/// §3.2.2, beyond n = 4F/E = 16: decoding at batch 512, 2D beats 1D on 64, 128 and 256 chips, on the authors' meshes, and by more on more chips.
 #[test]
-fn figure_6_two_dimensions_beat_one_when_decoding() {
+fn two_dimensions_beat_one_when_decoding() {
     for mode in BOTH {
         let mut last = 1.0;
         for mesh in ["4x4x4", "8x4x4", "4x8x8"] {
@@ -255,6 +255,20 @@ fn the_serial_block_is_slower() {
     let ratio = seconds(&serial) / seconds(&palm());
     println!("the serial block takes {ratio:.3} of the parallel one; measured: 1.14");
     assert!(ratio > 1.02 && ratio < 1.3, "{ratio}");
+}
+
+/// §3.5: looped collective einsum and its relatives made decoding about 1.4 times as fast. Measured; the model's bound on what
+/// can be hidden must allow it, at the same operating point, and not promise twice that gain.
+#[test]
+fn looped_collective_einsum_is_worth_what_was_measured() {
+    let layout = Layout { weights: WeightLayout::Stationary2D, attention: AttentionLayout::Batch };
+    let with = (Precision::new(WeightType::Bf16), LayoutOptions::default());
+    let (mesh, workload) = (Mesh::torus(4, 4, 4).unwrap(), Workload::decode(512, 2112));
+    let sheet = Sheet::of_layout(layout, &palm(), &tpu(), &mesh, &workload, with).unwrap();
+    let seconds = |overlap| sheet.cost(512, WeightType::Bf16, Mode::Physical, overlap).seconds;
+    let ratio = seconds(Overlap::None) / seconds(Overlap::Looped);
+    println!("looped collective einsum: {ratio:.3}; measured: about 1.4");
+    assert!((1.4..1.8).contains(&ratio), "{ratio}");
 }
 
 #[test]
