@@ -232,3 +232,21 @@ fn palm_540b_moves_more_than_the_two_matrix_formula() {
     assert!((best(2.0 * f as f64) - 4.0).abs() < 1e-9);
     assert!((best((3 * f + 2 * hq) as f64) - 3.05).abs() < 0.005);
 }
+
+/// The reference's figure for a few GPUs: with SwiGLU, gathering all weights moves less than 1D from BL = 1.5F tokens on,
+/// 21,504 at F = 14336.
+#[test]
+fn a_few_gpus_cross_over_at_one_and_a_half_f() {
+    let model = models::by_name("llama-3-8b").unwrap();
+    let mesh = Mesh::torus(1, 1, 4).unwrap();
+    let payload = |weights, tokens: usize| {
+        let layout = Layout { weights, attention: AttentionLayout::Heads };
+        let workload = Workload::prefill(4, tokens / 4);
+        let (program, sizes) = layout.program(&model, &mesh, &workload, LayoutOptions::default()).unwrap();
+        moved(&program, &mesh, &sizes, |part| part == Part::Mlp).payload
+    };
+    let difference =
+        |tokens| payload(WeightLayout::Stationary1D, tokens) as i64 - payload(WeightLayout::GatheredXYZ, tokens) as i64;
+    assert_eq!(difference(21_504), 0);
+    assert!(difference(21_500) < 0 && difference(21_508) > 0);
+}
