@@ -102,7 +102,7 @@ fn the_frontier_is_what_nothing_beats() {
                 a.0 <= b.0 && a.1 <= b.1 && a != b
             });
             let same = |other: &&Plan| (other.cost.seconds, value(other)) == (plan.cost.seconds, value(plan));
-            assert_eq!(!beaten, frontier.iter().any(|other| same(other)), "{plan:?}");
+            assert_eq!(!beaten, frontier.iter().any(same), "{plan:?}");
         }
     }
 }

@@ -51,12 +51,8 @@ pub fn rotate(head: &[f64], position: usize) -> Vec<f64> {
 fn norm(model: &Architecture, name: &str, layer: usize, x: &[f64]) -> Vec<f64> {
     let (squares, sum) = (x.iter().map(|x| x * x).sum(), x.iter().sum());
     let scaled =
-        |(e, &x): (usize, &f64)| normalize(model.norm, x, squares, sum, x_len(model)) * weight(name, layer, &[e]);
+        |(e, &x): (usize, &f64)| normalize(model.norm, x, squares, sum, model.model_dim) * weight(name, layer, &[e]);
     x.iter().enumerate().map(scaled).collect()
-}
-
-fn x_len(model: &Architecture) -> usize {
-    model.model_dim
 }
 
 fn add(a: &[f64], b: &[f64]) -> Vec<f64> {
