@@ -67,6 +67,9 @@ fn reason(winner: Option<&Plan>, plan: &Plan, hardware: &Hardware) -> String {
     }
     let Some(winner) = winner else { return "nothing to compare with".to_owned() };
     let (a, b) = (&winner.cost, &plan.cost);
+    if b.seconds <= a.seconds * (1.0 + 1e-12) {
+        return "as fast".to_owned();
+    }
     let terms = [
         ("communication", a.communication, b.communication),
         ("reading the cache", a.cache, b.cache),

@@ -100,9 +100,10 @@ where
             .label(label)
             .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 22, y)], color.stroke_width(3)));
     }
+    let corner = if panel.room_on_the_right { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft };
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(corner)
         .background_style(WHITE.mix(0.85))
         .border_style(RGBColor(0xc0, 0xc0, 0xc0))
         .label_font((FONT, 15))

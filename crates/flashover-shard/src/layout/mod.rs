@@ -34,6 +34,7 @@ use crate::program::Program;
 use crate::spec::Sizes;
 use crate::workload::{Phase, Workload};
 
+pub(crate) use plan::Plan;
 pub use reshard::reshard;
 
 /// How the weights lie and whether they or the activations travel (§3.2).
@@ -157,7 +158,7 @@ impl Layout {
     ) -> Result<(Program, Sizes), ShardError> {
         model.validate()?;
         workload.validate()?;
-        let plan = plan::Plan::new(self, model, mesh, workload.phase, options)?;
+        let plan = Plan::new(self, model, mesh, workload.phase, options)?;
         let sizes = plan.sizes(model, mesh, workload)?;
         plan.check_batch(mesh, workload)?;
         let program = block::build(model, &plan);
@@ -177,7 +178,7 @@ impl Layout {
         phase: Phase,
         options: LayoutOptions,
     ) -> Result<usize, ShardError> {
-        mesh.group_size(&plan::Plan::new(self, model, mesh, phase, options)?.batch_axes().0)
+        mesh.group_size(&Plan::new(self, model, mesh, phase, options)?.batch_axes().0)
     }
 }
 
@@ -222,29 +223,14 @@ impl FromStr for Layout {
 
 /// Programs of one model, each built once for all meshes and batches on which it is the same.
 #[derive(Debug, Default)]
-pub struct ProgramCache {
-    programs: HashMap<plan::Plan, Program>,
+pub(crate) struct ProgramCache {
+    programs: HashMap<Plan, Program>,
 }
 
 impl ProgramCache {
-    /// As [`Layout::program`], but neither the model nor the workload is checked, nor whether the program fits the mesh.
-    /// All calls must be of the same model.
-    ///
-    /// # Errors
-    ///
-    /// If the mesh has other axes than x, y and z.
-    pub fn get(
-        &mut self,
-        layout: Layout,
-        model: &Architecture,
-        mesh: &Mesh,
-        workload: &Workload,
-        options: LayoutOptions,
-    ) -> Result<(&Program, Sizes), ShardError> {
-        let plan = plan::Plan::new(layout, model, mesh, workload.phase, options)?;
-        let sizes = plan.sizes(model, mesh, workload)?;
-        let program = self.programs.entry(plan.without_sizes()).or_insert_with_key(|plan| block::build(model, plan));
-        Ok((program, sizes))
+    /// The program of a plan. All calls must be of the same model.
+    pub(crate) fn get(&mut self, plan: &Plan, model: &Architecture) -> &Program {
+        self.programs.entry(plan.without_sizes()).or_insert_with_key(|plan| block::build(model, plan))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::{Plan, Point, Query, Refusal, Sweep};
 use crate::cost::{Sheet, SheetInput, paper_twin};
 use crate::error::ShardError;
-use crate::layout::{Layout, ProgramCache};
+use crate::layout::{Layout, Plan as AxisPlan, ProgramCache};
 use crate::mesh::Mesh;
 use crate::workload::Phase;
 
@@ -106,10 +106,15 @@ impl<'a> Worker<'a> {
     fn sheet(&mut self, mesh: &Mesh, phase: Phase, layout: Layout) -> Result<(Sheet, usize), ShardError> {
         let Query { model, hardware, options, precision, .. } = self.query;
         hardware.accepts(mesh)?;
-        let unit = layout.batch_unit(model, mesh, phase, *options)?;
+        let plan = AxisPlan::new(layout, model, mesh, phase, *options)?;
+        let unit = mesh.group_size(&plan.batch_axes().0)?;
         let workload = self.query.workload(phase, unit);
-        let (program, sizes) = self.programs.get(layout, model, mesh, &workload, *options)?;
-        let (twin, twin_sizes) = self.twins.get(layout, &self.twin, mesh, &workload, *options)?;
+        let sizes = plan.sizes(model, mesh, &workload)?;
+        // Most meshes of most numbers of chips end here.
+        let program = self.programs.get(&plan, model);
+        program.check(mesh, &sizes)?;
+        // The twin has the same heads, so the same plan and sizes.
+        let twin = self.twins.get(&plan, &self.twin);
         let sheet = Sheet::new(&SheetInput {
             model,
             hardware,
@@ -117,7 +122,7 @@ impl<'a> Worker<'a> {
             workload: &workload,
             precision: *precision,
             program: (program, &sizes),
-            twin: Some((twin, &twin_sizes)),
+            twin: Some((twin, &sizes)),
         })?;
         Ok((sheet, unit))
     }

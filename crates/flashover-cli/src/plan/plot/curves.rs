@@ -16,6 +16,8 @@ pub struct Panel {
     pub x: &'static str,
     pub y: &'static str,
     pub curves: Vec<Curve>,
+    /// Where the curves leave room for the legend.
+    pub room_on_the_right: bool,
 }
 
 /// A curve, or marks without a line between them.
@@ -57,7 +59,7 @@ pub fn frontier(query: &Query, sweep: &Sweep) -> Panel {
         });
     }
     let (x, y) = ("latency of a pass (ms)", "chip-milliseconds a token");
-    Panel { title: "least latency for its cost", x, y, curves }
+    Panel { title: "least latency for its cost", x, y, curves, room_on_the_right: true }
 }
 
 /// Bytes that a chip moves in the feed-forward layer of a block against the number of tokens, as the paper's Figure 3 draws
@@ -82,7 +84,7 @@ pub fn volumes(query: &Query, sweep: &Sweep) -> Result<Panel, PlanError> {
         }
     }
     let (x, y) = ("tokens (batch x length)", "GB a block and chip, as the paper counts");
-    Ok(Panel { title: "communication of the feed-forward layer", x, y, curves })
+    Ok(Panel { title: "communication of the feed-forward layer", x, y, curves, room_on_the_right: false })
 }
 
 /// A bar: GiB of a chip's memory.
