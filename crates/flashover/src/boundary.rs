@@ -63,7 +63,7 @@ impl Prepared {
         problem.validate()?;
         backend_is_built(&device)?;
         let plan = plan(problem, &device)?;
-        let extras = extras(options, element);
+        let extras = extras(options, element, device.as_dispatch());
         Ok(Prepared { q, k, v, extras, plan })
     }
 
@@ -114,7 +114,7 @@ fn plan(problem: Problem, device: &Device) -> Result<Plan, AttentionError> {
 }
 
 /// The optional operands, cast to the element types that implementations expect.
-fn extras(options: &AttentionOptions, element: Element) -> Extras<Dispatch> {
+fn extras(options: &AttentionOptions, element: Element, device: &DispatchDevice) -> Extras<Dispatch> {
     let statistic = if element == Element::F64 { DType::F64 } else { DType::F32 };
     let float =
         |tensor: &Option<Tensor<1>>| MaybeFloat::from_option(tensor.clone().map(|t| t.cast(statistic).into_dispatch()));
@@ -123,9 +123,11 @@ fn extras(options: &AttentionOptions, element: Element) -> Extras<Dispatch> {
         mask: MaybeBool::from_option(options.mask.clone().map(Tensor::into_dispatch)),
         alibi_slopes: float(&options.alibi_slopes),
         learned_sinks: float(&options.learned_sinks),
-        key_lengths: MaybeInt::from_option(
-            options.key_lengths.clone().map(|t: Tensor<1, Int>| t.cast(IntDType::I32).into_dispatch()),
-        ),
+        key_lengths: MaybeInt::from_option(options.key_lengths.clone().map(|lengths: Tensor<1, Int>| {
+            // A composition takes any integers, and LibTorch has no others than its own.
+            let lengths = if runs_kernels(device) { lengths.cast(IntDType::I32) } else { lengths };
+            lengths.into_dispatch()
+        })),
     }
 }
 
@@ -172,6 +174,18 @@ fn executing(device: &DispatchDevice) -> &DispatchDevice {
 #[cfg(feature = "flex")]
 pub(crate) fn is_flex(device: &Device) -> bool {
     matches!(executing(device.as_dispatch()), DispatchDevice::Flex(_))
+}
+
+/// Whether kernels of ours run on the device; elsewhere a composition of the backend's own operations does.
+fn runs_kernels(device: &DispatchDevice) -> bool {
+    #[allow(unreachable_patterns)]
+    match executing(device) {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "cubecl-backend")]
+        DispatchDevice::Cube(_) => true,
+        _ => false,
+    }
 }
 
 fn runs_f64(device: &DispatchDevice) -> bool {

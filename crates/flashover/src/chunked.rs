@@ -45,7 +45,7 @@ macro_rules! chunked_backend {
                 k: FloatTensor<Self>,
                 v: FloatTensor<Self>,
                 extras: Extras<Self>,
-                o: FloatTensor<Self>,
+                _o: FloatTensor<Self>,
                 lse: FloatTensor<Self>,
                 do_: FloatTensor<Self>,
                 dlse: MaybeFloat<Self>,
@@ -53,7 +53,7 @@ macro_rules! chunked_backend {
                 wanted: Wanted,
             ) -> InputGradients<Self> {
                 let composition = Composition::<Self>::new(q, k, v, extras, &plan.problem);
-                composition.backward(o, lse, do_, dlse.into_option(), wanted)
+                composition.backward(lse, do_, dlse.into_option(), wanted)
             }
         }
     )+};
@@ -62,14 +62,10 @@ macro_rules! chunked_backend {
 chunked_backend! {
     "ndarray" => burn::backend::NdArray,
     "tch" => burn::backend::LibTorch,
+    // With `fusion` this type is Burn's router within Fusion, and the composition runs on the fused operations: a custom
+    // operation in a fused stream would be sent to the server, which does not know it.
+    "remote" => burn::backend::Remote,
 }
-
-#[cfg(all(feature = "remote", not(feature = "fusion")))]
-chunked_backend! { "remote" => burn::backend::Remote }
-
-// With `fusion`, Burn's remote backend is `Fusion` over a router whose type needs two more of Burn's crates.
-#[cfg(all(feature = "remote", feature = "fusion"))]
-compile_error!("flashover: expected `remote` or `fusion`, got both; together they are not supported yet");
 
 fn forward<B: Backend>(
     q: FloatTensor<B>,
@@ -136,7 +132,6 @@ impl<'a, B: Backend> Composition<'a, B> {
 
     fn backward(
         &self,
-        o: FloatTensor<B>,
         lse: FloatTensor<B>,
         do_: FloatTensor<B>,
         dlse: Option<FloatTensor<B>>,
@@ -169,28 +164,32 @@ impl<'a, B: Backend> Composition<'a, B> {
             let Scores { s, tanh, distance } = self.scores(&rows);
             let lse = of(&lse);
             let probabilities = self.probabilities(s, lse.clone());
-            let do_ = of(&do_);
-            // delta = rowsum(do ∘ o) − dlse
-            let mut delta = B::float_sum_dim(B::float_mul(do_.clone(), of(&o)), 3);
-            if let Some(dlse) = &dlse {
-                delta = B::float_sub(delta, of(dlse));
-            }
-            let do_ = self.grouped(do_);
+            let do_ = self.grouped(of(&do_));
             if let Some(sum) = dv.take() {
                 let dropped = self.grouped(self.dropped(probabilities.clone(), &rows));
                 dv = Some(B::float_add(sum, B::float_matmul(B::float_transpose(dropped), do_.clone())));
+            }
+            let of_scores = wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes;
+            if !(of_scores || wanted.learned_sinks) {
+                continue;
+            }
+            let dp = B::float_matmul(do_, B::float_transpose(self.v.clone()));
+            let dp = self.dropped(self.ungrouped(dp), &rows);
+            // delta = rowsum(p ∘ dp) − dlse. It is rowsum(do ∘ o) as well, but the rounding of o would stand in every
+            // score of the row alike, and add up in the gradients of what a head's scores share.
+            let mut delta = B::float_sum_dim(B::float_mul(probabilities.clone(), dp.clone()), 3);
+            if let Some(dlse) = &dlse {
+                delta = B::float_sub(delta, of(dlse));
             }
             if let (Some(sum), MaybeFloat::Present(sinks)) = (dsinks.take(), &self.extras.learned_sinks) {
                 let sinks = B::float_reshape(sinks.clone(), Shape::from([1, p.heads_q, 1, 1]));
                 let sink = B::float_exp(B::float_sub(sinks, lse));
                 dsinks = Some(B::float_sub(sum, self.per_head(B::float_mul(sink, delta.clone()))));
             }
-            if !(wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes) {
+            if !of_scores {
                 continue;
             }
             // ds = p ∘ (dp − delta)
-            let dp = B::float_matmul(do_, B::float_transpose(self.v.clone()));
-            let dp = self.dropped(self.ungrouped(dp), &rows);
             let ds = B::float_mul(probabilities, B::float_sub(dp, delta));
             if wanted.bias {
                 dbias.push(self.reduced(ds.clone(), bias_shape));
@@ -268,7 +267,7 @@ impl<'a, B: Backend> Composition<'a, B> {
             masks.push(B::bool_from_data(data, &self.device));
         }
         if let Some(lengths) = self.extras.key_lengths.clone().into_option() {
-            let keys = B::int_arange(0..p.seq_kv as i64, &self.device, IntDType::I32);
+            let keys = B::int_arange(0..p.seq_kv as i64, &self.device, IntDType::from(lengths.dtype()));
             let keys = B::int_reshape(keys, Shape::from([1, 1, 1, p.seq_kv]));
             let lengths = B::int_reshape(lengths, Shape::from([p.batch, 1, 1, 1]));
             let shape = Shape::from([p.batch, 1, 1, p.seq_kv]);

@@ -13,13 +13,34 @@ pub fn flex() -> Device {
 }
 
 /// Every backend of the build that composes attention of its own operations.
-// Burn deprecates NdArray; as long as it has it, it is tested.
+// Burn deprecates NdArray and LibTorch; as long as it has them, they are tested.
 #[allow(deprecated)]
 pub fn chunked() -> Vec<(&'static str, Device)> {
     vec![
         #[cfg(feature = "ndarray")]
         ("ndarray", Device::ndarray()),
+        #[cfg(feature = "tch")]
+        ("tch", Device::libtorch()),
+        #[cfg(all(feature = "remote-server", feature = "remote-websocket"))]
+        ("remote", remote()),
     ]
+}
+
+/// A client's device of a server in this process, over the loopback, which computes on the native CPU.
+#[cfg(all(feature = "remote-server", feature = "remote-websocket"))]
+pub fn remote() -> Device {
+    use burn::remote::RemoteHost;
+    use burn::server::{RemoteServer, WebSocketTransport};
+
+    static ADDRESS: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    let address = ADDRESS.get_or_init(|| {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = format!("ws://{}", listener.local_addr().expect("a bound socket"));
+        let server = RemoteServer::new([flex()]);
+        std::thread::spawn(move || server.serve(WebSocketTransport::from_listener(listener)));
+        address
+    });
+    Device::remote_options(&RemoteHost::websocket(address)).init().expect("the server answers")
 }
 
 /// The GPU of the build, a software one if need be; under WebGPU one that has no more than what is granted everywhere.
