@@ -12,3 +12,4 @@ mod limits;
 mod nn;
 mod non_finite;
 mod properties;
+mod small;
