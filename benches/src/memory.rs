@@ -113,7 +113,8 @@ mod tests {
     fn the_host_counts_what_is_freed_again() {
         let _alone = alone();
         let (_, bytes) = peak_extra(|| drop(vec![1u8; 32 * MIB]));
-        assert!((32 * MIB..33 * MIB).contains(&bytes), "{bytes}");
+        // The harness's own threads allocate and free a little meanwhile.
+        assert!(bytes.abs_diff(32 * MIB) < 64 * 1024, "{bytes}");
     }
 
     /// On the GPU of the build; without one there is nothing to look at, which is what `start` has to say.

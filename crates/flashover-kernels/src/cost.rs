@@ -77,15 +77,10 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
     let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
-    if reductions.exact_delta {
-        let bytes = model.statistic + dlse + statistics;
-        costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
-        costs.push(model.tiled("delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
-    } else {
-        let bytes = 2 * model.o + model.statistic + dlse + statistics;
-        costs.push(model.small("row_statistics", bytes, 4 + usize::from(with_dlse), 0));
-    }
+    let bytes = model.statistic + dlse + statistics;
+    costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
     if scores {
+        costs.push(model.tiled("delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
         let heads = (problem.heads_q * size_of::<f32>()) as u64;
         let partials = (reductions.slope_partials * size_of::<f32>()) as u64;
         if q || slopes {

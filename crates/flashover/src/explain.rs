@@ -116,9 +116,8 @@ pub fn explain(
         let flops = products(problem, 1, 1);
         answer.forward = vec![Step { launch: crate::flex::forward_launch(problem), flops, bytes }];
         if tracked {
-            // S and dQ and dK over D; dP and dV over Dv; and S and dP again where delta comes from them.
-            let again = u64::from(crate::flex::delta_from_scores(problem, wanted));
-            let flops = products(problem, 3 + again, 2 + again);
+            // S twice, dQ and dK over D; dP twice and dV over Dv: delta takes S and dP for itself.
+            let flops = products(problem, 4, 3);
             let launch = crate::flex::backward_launch(problem, wanted);
             answer.backward = vec![Step { launch, flops, bytes: 2 * bytes }];
         }

@@ -1,9 +1,9 @@
-//! `delta` from the scores, for element types in which the saved output is too coarse to take it from.
+//! `delta` from the scores.
 //!
 //! `delta = Σ_j p_ij · mult_ij · dp_ij` equals `rowsum(do ∘ o)` (FlashAttention, Appendix B.2, eq. 4), but only for the exact
-//! `o`. In f16 and bf16 the rounding of `o` does not cancel in `dp − delta`: a query that sees one key has the exact
-//! gradient 0, and `do ∘ o` would miss it by the rounding of `o`. So the row sum is taken again, from the same products in
-//! the same order as the kernels that use it: two products a tile.
+//! `o`. The rounding of the saved one does not cancel in `dp − delta`: a query that sees one key has the exact gradient 0,
+//! and `do ∘ o` would miss it by the rounding of `o`. So the row sum is taken again, from the same products in the same
+//! order as the kernels that use it: two products a tile. It is a sum over visible keys, and 0 where there is none.
 
 use cubecl::prelude::*;
 

@@ -125,7 +125,7 @@ pub fn backward(
     let scratch = scratch::build(&launcher, &problem, &operands, &layout);
     let call = Backward { launcher, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
     call.row_statistics(rows);
-    if reductions.exact_delta {
+    if scores > 0 {
         call.delta();
     }
     if of_scores {
@@ -185,11 +185,8 @@ impl Backward<'_> {
     }
 
     fn row_statistics(&self, rows: usize) {
-        let Outputs { o, lse, do_, dlse } = self.outputs;
-        let with_o = !self.reductions.exact_delta;
-        let (o, d_o) = (with_o.then_some(o), with_o.then_some(do_));
-        let bound = [lse, &self.scratch].into_iter().chain(o).chain(d_o).chain(dlse);
-        let (bindings, address) = binding_facts(bound);
+        let Outputs { lse, dlse, .. } = self.outputs;
+        let (bindings, address) = binding_facts([lse, &self.scratch].into_iter().chain(dlse));
         self.launcher.note_small("row_statistics", bindings, 0);
         // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
         unsafe {
@@ -198,15 +195,11 @@ impl Backward<'_> {
                 self.launcher.cubes(rows.div_ceil(SUM_UNITS)),
                 CubeDim::new_1d(SUM_UNITS as u32),
                 address,
-                o.map(DeviceTensor::arg).into(),
-                d_o.map(DeviceTensor::arg).into(),
                 lse.arg(),
                 dlse.as_ref().map(DeviceTensor::arg).into(),
                 self.scratch.buffer(),
                 self.numbers(),
-                with_o,
                 dlse.is_some(),
-                do_.elem,
             );
         }
     }

@@ -11,8 +11,6 @@ const CUBES: usize = 512;
 /// How a backward takes its sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reductions {
-    /// Whether `delta` is taken from the scores again: see [`delta`](super::delta).
-    pub exact_delta: bool,
     /// Partial sums of the slopes' gradient, one a query tile and head; 0 if it is not wanted.
     pub slope_partials: usize,
     /// Parts that the sum of each element of the bias's gradient is taken in; 0 if it is not wanted.
@@ -26,9 +24,6 @@ impl Reductions {
         let slopes = wanted.alibi_slopes && problem.alibi;
         let bias = problem.bias.filter(|_| wanted.bias && batch * heads_q * seq_q * seq_kv > 0);
         Reductions {
-            // The saved output is too coarse in half precision; and a parameter that many scores share adds up what its
-            // rounding leaves in each of them.
-            exact_delta: seq_kv > 0 && (problem.element.bytes() < size_of::<f32>() || slopes || bias.is_some()),
             slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
             bias_parts: bias.map_or(0, |[b, h, queries, keys]| {
                 let tiles = b * h * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());

@@ -157,20 +157,15 @@ fn pack_mask<B: Int>(
     }
 }
 
-/// `lse` and `delta = rowsum(do ∘ o) − dlse` into the scratch buffer (FlashAttention-2, Algorithm 2, line 4; the gradient
-/// of `lse` enters every score's gradient as `p · dlse`). Without `o` and `do`, `delta` is `−dlse` only, and
-/// [`delta_kernel`](super::delta::delta_kernel) adds the row sum. A unit a row; a row that saw nothing gets 0.
+/// `lse` and `−dlse` into the scratch buffer, the start of `delta`: the gradient of `lse` enters every score's gradient as
+/// `p · dlse`, and [`delta_kernel`](super::delta::delta_kernel) adds the rest. A unit a row; a row that saw nothing gets 0.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn row_statistics<E: Float>(
-    o: ComptimeOption<&Tensor<E>>,
-    d_o: ComptimeOption<&Tensor<E>>,
+pub(crate) fn row_statistics(
     lse: &Tensor<f32>,
     dlse: ComptimeOption<&Tensor<f32>>,
     scratch: &mut [u32],
     n: Numbers,
-    #[comptime] with_o: bool,
     #[comptime] with_dlse: bool,
-    #[define(E)] _dtype: ElemType,
 ) {
     let row = ABSOLUTE_POS;
     if row < n.batch as usize * n.heads_q as usize * n.seq_q as usize {
@@ -178,19 +173,10 @@ pub(crate) fn row_statistics<E: Float>(
         let (h, b) = (head % n.heads_q as usize, head / n.heads_q as usize);
         let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
         let mut delta = 0.0f32;
-        if !is_minus_infinity(row_lse) {
-            if with_o {
-                let (o, d_o) = (o.unwrap(), d_o.unwrap());
-                let at_o = b * o.stride(0) + h * o.stride(1) + i * o.stride(2);
-                let at_d = b * d_o.stride(0) + h * d_o.stride(1) + i * d_o.stride(2);
-                for d in 0..n.value_dim {
-                    let x = f32::cast_from(o[at_o + d as usize * o.stride(3)]);
-                    delta += x * f32::cast_from(d_o[at_d + d as usize * d_o.stride(3)]);
-                }
-            }
-            if with_dlse {
+        if with_dlse {
+            if !is_minus_infinity(row_lse) {
                 let dlse = dlse.unwrap();
-                delta -= dlse[b * dlse.stride(0) + h * dlse.stride(1) + i * dlse.stride(2)];
+                delta = -dlse[b * dlse.stride(0) + h * dlse.stride(1) + i * dlse.stride(2)];
             }
         }
         scratch[n.lse_at + row] = u32::reinterpret(row_lse);

@@ -8,14 +8,13 @@ use std::ops::Range;
 
 use flashover_kernels::launch_log::{self, Launch};
 use flashover_kernels::operands::Wanted;
-use flashover_kernels::problem::{Element, Problem};
-use pulp::{Arch, Simd, WithSimd};
+use flashover_kernels::problem::Problem;
+use pulp::Arch;
 
 use super::context::Context;
 use super::forward::statistics;
 use super::real::{Float, Real};
 use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
-use super::tiles::{rows, rows_scratch};
 use super::view::View;
 use super::{Inputs, bias_gradient, exact_delta, parallel, simd_name};
 
@@ -82,10 +81,7 @@ pub fn backward<T: Float>(
             &exact_lse
         }
     };
-    let delta = match delta_from_scores(problem, wanted) {
-        true => exact_delta::compute(&context, do_, lse, dlse),
-        false => deltas(&context, &o, &do_, dlse),
-    };
+    let delta = exact_delta::compute(&context, do_, lse, dlse);
     let saved = Saved { do_, lse, delta: &delta };
     if let Some(sinks) = &mut gradients.learned_sinks {
         sink_gradient(&context, &saved, sinks);
@@ -134,90 +130,13 @@ fn plan(problem: &Problem, wanted: Wanted) -> Plan {
 pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
     let rows = problem.batch * problem.heads_q * problem.seq_q;
     let tiles = rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes();
-    let statistics = if delta_from_scores(problem, wanted) { 2 } else { 1 };
     Launch {
         kernel: "flex_backward",
         config: format!("plan={:?} bq={BQ} bk={BK} simd={}", plan(problem, wanted), simd_name()),
         bindings: 0,
         shared_bytes: 0,
         units: 0,
-        scratch_bytes: tiles + statistics * rows * size_of::<T::Compute>(),
-    }
-}
-
-/// Whether `delta` is taken from the scores again: where `o` is stored with less precision than it is computed with, and
-/// where a parameter that many scores share would add up what the rounding of `o` leaves in each of them.
-pub(super) fn delta_from_scores(problem: &Problem, wanted: Wanted) -> bool {
-    match problem.element {
-        Element::F64 => false,
-        Element::F32 => wanted.bias || wanted.alibi_slopes,
-        Element::F16 | Element::BF16 => true,
-    }
-}
-
-/// `delta_i = Σ_d do_i[d] · o_i[d] − dlse_i`.
-fn deltas<T: Float>(
-    context: &Context<'_, T>,
-    o: &View<'_, T>,
-    do_: &View<'_, T>,
-    dlse: Option<&[f32]>,
-) -> Vec<T::Compute> {
-    let problem = context.problem;
-    let mut delta = vec![T::Compute::default(); problem.batch * problem.heads_q * problem.seq_q];
-    let arch = Arch::new();
-    let scratch = || vec![vec![T::Compute::default(); rows_scratch(BQ, problem.value_dim)]; 2];
-    let tasks = delta.chunks_mut(problem.seq_q).enumerate();
-    let work = problem.batch * problem.heads_q * problem.seq_q * problem.value_dim;
-    parallel::for_each(tasks, work, scratch, |scratch, (head, delta)| {
-        let at = (head / problem.heads_q, head % problem.heads_q);
-        arch.dispatch(Delta { o, do_, at, scratch, delta });
-        if let Some(dlse) = dlse {
-            let dlse = &dlse[head * problem.seq_q..];
-            delta
-                .iter_mut()
-                .zip(dlse)
-                .for_each(|(delta, &dlse)| *delta = *delta - T::Compute::from_f64(f64::from(dlse)));
-        }
-    });
-    delta
-}
-
-/// Row sums of one head.
-struct Delta<'s, 'a, T: Float> {
-    o: &'s View<'a, T>,
-    do_: &'s View<'a, T>,
-    at: (usize, usize),
-    scratch: &'s mut [Vec<T::Compute>],
-    delta: &'s mut [T::Compute],
-}
-
-impl<T: Float> WithSimd for Delta<'_, '_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        const LANES: usize = 16;
-        let Delta { o, do_, at, scratch, delta } = self;
-        let width = o.shape()[3];
-        let [o_scratch, do_scratch] = scratch else { unreachable!("two scratch tiles") };
-        for (block, delta) in delta.chunks_mut(BQ).enumerate() {
-            let o = rows(o, at, block * BQ, delta.len(), o_scratch);
-            let do_ = rows(do_, at, block * BQ, delta.len(), do_scratch);
-            for (r, delta) in delta.iter_mut().enumerate() {
-                let (o, do_) = (&o.data[r * o.stride..][..width], &do_.data[r * do_.stride..][..width]);
-                let mut sums = [T::Compute::default(); LANES];
-                let whole = width / LANES * LANES;
-                for (o, do_) in o[..whole].chunks_exact(LANES).zip(do_[..whole].chunks_exact(LANES)) {
-                    for ((sum, &o), &do_) in sums.iter_mut().zip(o).zip(do_) {
-                        *sum = o.mul_add::<S>(do_, *sum);
-                    }
-                }
-                for ((sum, &o), &do_) in sums.iter_mut().zip(&o[whole..]).zip(&do_[whole..]) {
-                    *sum = o.mul_add::<S>(do_, *sum);
-                }
-                *delta = sums.into_iter().sum();
-            }
-        }
+        scratch_bytes: tiles + 2 * rows * size_of::<T::Compute>(),
     }
 }
 

@@ -198,7 +198,7 @@ impl<'a, T: Float> Context<'a, T> {
         let mut terms = [T::Compute::default(); MAX_KEYS];
         let terms = &mut terms[..ds.len()];
         terms.copy_from_slice(ds);
-        self.for_distances(terms, tile, i, |term, distance| *term = *term * distance);
+        self.for_distances(terms, tile, i, |term, distance| *term *= distance);
         sum(terms)
     }
 

@@ -70,11 +70,6 @@ pub fn backward_launch(problem: &Problem, wanted: Wanted) -> Launch {
     }
 }
 
-/// Whether [`backward`] computes the scores and their gradients once more, for `delta`.
-pub fn delta_from_scores(problem: &Problem, wanted: Wanted) -> bool {
-    backward::delta_from_scores(problem, wanted)
-}
-
 /// The instruction set that is used here, as `explain` and the launch log name it.
 pub fn simd_name() -> &'static str {
     struct Name;

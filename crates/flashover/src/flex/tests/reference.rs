@@ -93,13 +93,14 @@ pub fn reference<T: Float>(p: &Problem, x: &Inputs<'_, T>, do_: &[T], dlse: &[f3
                 r.dv[kv_row(j) * dv + c] += weight * f(do_[row * dv + c]);
             }
         }
-        let delta = dot(dv, |c| r.o[row * dv + c], |c| f(do_[row * dv + c])) - f64::from(dlse[row]);
+        // Over visible keys, which is not o · do where a row sees nothing and its do is not finite.
+        let dp = |j: usize| multiplier(j) * dot(dv, |c| f(do_[row * dv + c]), |c| f(x.v.at(b, hk, j, c)));
+        let delta = scores.iter().map(|&(j, s, _)| (s - lse).exp() * dp(j)).sum::<f64>() - f64::from(dlse[row]);
         if x.learned_sinks.is_some() {
             r.dsinks[h] -= (sink - lse).exp() * delta;
         }
         for &(j, s, derivative) in &scores {
-            let dp = multiplier(j) * dot(dv, |c| f(do_[row * dv + c]), |c| f(x.v.at(b, hk, j, c)));
-            let ds = (s - lse).exp() * (dp - delta);
+            let ds = (s - lse).exp() * (dp(j) - delta);
             if p.bias.is_some() {
                 r.dbias[bias_at(j)] += ds;
             }
