@@ -4,17 +4,19 @@
 //! `o`. The rounding of the saved one does not cancel in `dp − delta`: a query that sees one key has the exact gradient 0,
 //! and `do ∘ o` would miss it by the rounding of `o`. So the row sum is taken again, from the same products in the same
 //! order as the kernels that use it: two products a tile. It is a sum over visible keys, and 0 where there is none.
+//!
+//! `lse` was rounded as well, to half a unit in its last place: `p = exp(s − lse)` of a row is off by a common factor, up to
+//! 4·10⁻⁶ where scores reach 64. The same walk sums `p` itself, and `norm` is what makes it 1.
 
 use cubecl::prelude::*;
 
-use super::element::{Numbers, head_of};
-use super::gradient::{Side, score_gradients, statistics};
-use super::tile::{
-    LANES, PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, share_sum, unit_place,
-};
+use super::element::{Numbers, after_dropout, head_of, score, sees};
+use super::gradient::statistics;
+use super::tile::{LANES, PIECE, TileConfig, V4, head_rows, is_minus_infinity, product_scores, share_sum, unit_place};
 use super::walk::{key_tiles, tile_is_full};
 
-/// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`. One cube a query tile and head.
+/// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`, and writes `norm`. One cube a query tile and
+/// head.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn delta_kernel<E: Float>(
     q: &Tensor<E>,
@@ -48,14 +50,15 @@ pub(crate) fn delta_kernel<E: Float>(
     let (ty, tx) = unit_place(tile);
     let mut s = Array::<f32>::new(PIECE);
     let mut dp = Array::<f32>::new(PIECE);
-    let mut sums = Array::<f32>::new(LANES); // this unit's columns only, until the end
+    // This unit's columns only, until the end.
+    let mut masses = Array::<f32>::new(LANES); // Σ p
+    let mut sums = Array::<f32>::new(LANES); // Σ p · mult · dp
     let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
-    let mut stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
+    let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
     #[unroll]
     for r in 0..LANES {
+        masses[r] = 0.0f32;
         sums[r] = 0.0f32;
-        // With delta 0, ds is p · mult · dp.
-        stats.delta[r] = 0.0f32;
     }
 
     let walk = key_tiles(i0, at.keys, n, tile);
@@ -64,35 +67,36 @@ pub(crate) fn delta_kernel<E: Float>(
         let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
         product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
         product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
-        score_gradients::<E>(
-            &mut s,
-            &mut dp,
-            &stats,
-            i0 + ty,
-            j0 + tx,
-            full,
-            at,
-            &*scratch,
-            bias,
-            n,
-            false,
-            false,
-            Side::Queries,
-            with_bias,
-            tile,
-        );
         #[unroll(tile.unroll)]
         for e in 0..PIECE {
-            sums[e % LANES] += select(is_hidden(dp[e]), 0.0f32, dp[e]);
+            let (r, c) = (e % LANES, e / LANES);
+            let i = i0 + ty + (r * tile.row_units) as u32;
+            let j = j0 + tx + (c * tile.col_units) as u32;
+            let dead = is_minus_infinity(stats.lse[r]);
+            if full || (!dead && sees(i, j, at, &*scratch, n)) {
+                let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
+                if full || !is_minus_infinity(value) {
+                    let weight = select(dead, 0.0f32, (value - stats.lse[r]).exp());
+                    masses[r] += weight;
+                    sums[r] += weight * after_dropout(dp[e], stats.hash[r], j, n);
+                }
+            }
         }
     }
+    share_sum(&mut masses, &mut weights, tile);
     share_sum(&mut sums, &mut weights, tile);
     #[unroll]
     for r in 0..LANES {
         let i = i0 + ty + comptime!((r * tile.row_units) as u32);
         if tx == 0 && i < n.seq_q && !is_minus_infinity(stats.lse[r]) {
-            let at = n.delta_at + head as usize * n.seq_q as usize + i as usize;
-            scratch[at] = u32::reinterpret(f32::reinterpret(scratch[at]) + sums[r]);
+            let row = head as usize * n.seq_q as usize + i as usize;
+            let mut mass = masses[r];
+            if n.sinks_at != 0 {
+                mass += (f32::reinterpret(scratch[n.sinks_at + h as usize]) - stats.lse[r]).exp();
+            }
+            let minus_dlse = f32::reinterpret(scratch[n.delta_at + row]);
+            scratch[n.delta_at + row] = u32::reinterpret(minus_dlse + sums[r] / mass);
+            scratch[n.norm_at + row] = u32::reinterpret(1.0f32 / mass);
         }
     }
 }

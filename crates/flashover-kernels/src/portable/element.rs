@@ -35,6 +35,7 @@ pub(crate) struct Numbers {
     pub minus_infinity: f32,
     pub lse_at: usize,
     pub delta_at: usize,
+    pub norm_at: usize,
     pub slopes_at: usize,
     pub sinks_at: usize,
     pub lengths_at: usize,

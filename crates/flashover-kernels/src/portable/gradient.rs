@@ -1,7 +1,7 @@
 //! The gradient of one tile of scores: what every kernel of the backward computes before it multiplies.
 //!
 //! ```text
-//! p  = exp(s − lse)
+//! p  = exp(s − lse) · norm           norm: what the rounding of lse took, see `delta`
 //! dp = mult ∘ (do · vᵀ)              mult: dropout, the same as in the forward
 //! ds = p ∘ (dp − delta)              FlashAttention-2, Algorithm 2, lines 11 to 14
 //! ```
@@ -26,6 +26,8 @@ pub(crate) enum Side {
 pub(crate) struct Statistics {
     pub lse: Array<f32>,
     pub delta: Array<f32>,
+    /// Factor that makes the probabilities of a query sum to 1.
+    pub norm: Array<f32>,
     /// Hash of the query for dropout.
     pub hash: Array<u32>,
 }
@@ -35,6 +37,7 @@ pub(crate) struct Statistics {
 pub(crate) fn statistics(i0: u32, #[comptime] step: usize, at: Head, scratch: &[u32], n: Numbers) -> Statistics {
     let mut lse = Array::<f32>::new(LANES);
     let mut delta = Array::<f32>::new(LANES);
+    let mut norm = Array::<f32>::new(LANES);
     let mut hash = Array::<u32>::new(LANES);
     let head = at.batch * n.heads_q + at.head;
     #[unroll]
@@ -42,14 +45,16 @@ pub(crate) fn statistics(i0: u32, #[comptime] step: usize, at: Head, scratch: &[
         let i = i0 + comptime!((x * step) as u32);
         lse[x] = n.minus_infinity;
         delta[x] = 0.0f32;
+        norm[x] = 1.0f32;
         if i < n.seq_q {
             let row = head as usize * n.seq_q as usize + i as usize;
             lse[x] = f32::reinterpret(scratch[n.lse_at + row]);
             delta[x] = f32::reinterpret(scratch[n.delta_at + row]);
+            norm[x] = f32::reinterpret(scratch[n.norm_at + row]);
         }
         hash[x] = row_hash(head, i, n);
     }
-    Statistics { lse, delta, hash }
+    Statistics { lse, delta, norm, hash }
 }
 
 /// Turns products into probabilities and gradients, in place: `s` from `q·k` to `p · mult`, `dp` from `do·v` to `ds`, or
@@ -92,7 +97,7 @@ pub(crate) fn score_gradients<E: Float>(
             let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
             // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
             if full || !is_minus_infinity(value) {
-                let weight = select(dead, 0.0f32, (value - lse).exp());
+                let weight = select(dead, 0.0f32, (value - lse).exp() * stats.norm[x]);
                 let d = weight * (after_dropout(dp[e], stats.hash[x], j, n) - stats.delta[x]);
                 if with_slopes {
                     let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };

@@ -553,6 +553,7 @@ fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
         f32::NEG_INFINITY,
         layout.lse,
         layout.delta,
+        layout.norm,
         layout.slopes,
         layout.sinks,
         layout.lengths,

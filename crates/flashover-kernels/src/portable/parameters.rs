@@ -231,7 +231,8 @@ pub(crate) fn head_sums_kernel(
                     let lse = f32::reinterpret(scratch[n.lse_at + at]);
                     if !is_minus_infinity(lse) {
                         let sink = f32::reinterpret(scratch[n.sinks_at + h]);
-                        sum -= (sink - lse).exp() * f32::reinterpret(scratch[n.delta_at + at]);
+                        let p = (sink - lse).exp() * f32::reinterpret(scratch[n.norm_at + at]);
+                        sum -= p * f32::reinterpret(scratch[n.delta_at + at]);
                     }
                 }
                 HeadSum::Slopes => {

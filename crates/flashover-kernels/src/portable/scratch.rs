@@ -17,9 +17,10 @@ use crate::problem::Problem;
 /// Offsets of the sections, in words; 0 for one that is absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Layout {
-    /// `lse` and `delta`, `[B, Hq, Sq]` each; backward only.
+    /// `lse`, `delta` and `norm`, `[B, Hq, Sq]` each; backward only.
     pub lse: usize,
     pub delta: usize,
+    pub norm: usize,
     /// ALiBi slopes `[Hq]`.
     pub slopes: usize,
     /// Learned sinks `[Hq]`.
@@ -46,14 +47,14 @@ impl Layout {
             layout.words += if on { words } else { 0 };
             if layout.words > at { at } else { 0 }
         };
-        let (lse, delta) = (section(true, rows), section(true, rows));
+        let (lse, delta, norm) = (section(true, rows), section(true, rows), section(true, rows));
         let slopes = section(problem.alibi, problem.heads_q);
         let sinks = section(problem.learned_sinks, problem.heads_q);
         let lengths = section(problem.key_lengths, problem.batch);
         let slope_partials = section(true, backward.map_or(0, |backward| backward.slope_partials));
         let bias_partials = section(true, backward.map_or(0, |backward| backward.bias_partials(problem)));
         let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
-        Layout { lse, delta, slopes, sinks, lengths, slope_partials, bias_partials, mask, ..layout }
+        Layout { lse, delta, norm, slopes, sinks, lengths, slope_partials, bias_partials, mask, ..layout }
     }
 
     /// Bytes of all sections.
@@ -157,8 +158,9 @@ fn pack_mask<B: Int>(
     }
 }
 
-/// `lse` and `−dlse` into the scratch buffer, the start of `delta`: the gradient of `lse` enters every score's gradient as
-/// `p · dlse`, and [`delta_kernel`](super::delta::delta_kernel) adds the rest. A unit a row; a row that saw nothing gets 0.
+/// `lse`, `−dlse` and 1 into the scratch buffer, the starts of `lse`, `delta` and `norm`: the gradient of `lse` enters every
+/// score's gradient as `p · dlse`, and [`delta_kernel`](super::delta::delta_kernel) does the rest. A unit a row; a row that
+/// saw nothing keeps 0 and 1.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn row_statistics(
     lse: &Tensor<f32>,
@@ -181,5 +183,6 @@ pub(crate) fn row_statistics(
         }
         scratch[n.lse_at + row] = u32::reinterpret(row_lse);
         scratch[n.delta_at + row] = u32::reinterpret(delta);
+        scratch[n.norm_at + row] = u32::reinterpret(1.0f32);
     }
 }

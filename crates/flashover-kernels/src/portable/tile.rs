@@ -317,6 +317,11 @@ pub(crate) fn product_values<E: Float>(
         sync_cube();
         load_values::<E>(b, from, row, chunk as u32 * comptime!(tile.cols() as u32), stage, tile);
         sync_cube();
+        let mut sum = Array::<V4>::new(LANES); // of this tile: short sums lose less to rounding than one long one
+        #[unroll]
+        for r in 0..LANES {
+            sum[r] = V4::new(0.0f32);
+        }
         if tested {
             for step in 0..comptime!(tile.cols() / STEP) {
                 #[unroll]
@@ -327,7 +332,7 @@ pub(crate) fn product_values<E: Float>(
                     #[unroll]
                     for r in 0..LANES {
                         if !is_hidden(w.extract(r)) {
-                            sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                            sum[r] += v * V4::new(w.extract(r));
                         }
                     }
                 }
@@ -341,10 +346,14 @@ pub(crate) fn product_values<E: Float>(
                     let v = stage[j * tile.col_units + tx as usize];
                     #[unroll]
                     for r in 0..LANES {
-                        sums[chunk * LANES + r] += v * V4::new(w.extract(r));
+                        sum[r] += v * V4::new(w.extract(r));
                     }
                 }
             }
+        }
+        #[unroll]
+        for r in 0..LANES {
+            sums[chunk * LANES + r] += sum[r];
         }
     }
 }

@@ -12,11 +12,12 @@ use flashover_kernels::problem::Problem;
 use pulp::Arch;
 
 use super::context::Context;
+use super::delta::RowSums;
 use super::forward::statistics;
 use super::real::{Float, Real};
 use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
 use super::view::View;
-use super::{Inputs, bias_gradient, exact_delta, parallel, simd_name};
+use super::{Inputs, bias_gradient, delta, parallel, simd_name};
 
 /// Queries of a task that computes dq alone.
 const QUERIES: usize = 4 * BQ;
@@ -81,8 +82,8 @@ pub fn backward<T: Float>(
             &exact_lse
         }
     };
-    let delta = exact_delta::compute(&context, do_, lse, dlse);
-    let saved = Saved { do_, lse, delta: &delta };
+    let RowSums { delta, norm } = delta::compute(&context, do_, lse, dlse);
+    let saved = Saved { do_, lse, delta: &delta, norm: &norm };
     if let Some(sinks) = &mut gradients.learned_sinks {
         sink_gradient(&context, &saved, sinks);
     }
@@ -136,11 +137,11 @@ pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
         bindings: 0,
         shared_bytes: 0,
         units: 0,
-        scratch_bytes: tiles + 2 * rows * size_of::<T::Compute>(),
+        scratch_bytes: tiles + 3 * rows * size_of::<T::Compute>(),
     }
 }
 
-/// `−Σ_{b, i} exp(sink − lse) · delta`.
+/// `−Σ_{b, i} exp(sink − lse) · norm · delta`.
 fn sink_gradient<T: Float>(context: &Context<'_, T>, saved: &Saved<'_, T>, gradient: &mut [T::Compute]) {
     let problem = context.problem;
     let sinks = context.sinks.unwrap_or_default();
@@ -148,10 +149,11 @@ fn sink_gradient<T: Float>(context: &Context<'_, T>, saved: &Saved<'_, T>, gradi
         let mut sum = 0.0;
         for b in 0..problem.batch {
             let rows = (b * problem.heads_q + h) * problem.seq_q..(b * problem.heads_q + h + 1) * problem.seq_q;
-            for (&lse, &delta) in saved.lse[rows.clone()].iter().zip(&saved.delta[rows]) {
+            let statistics = saved.lse[rows.clone()].iter().zip(&saved.delta[rows.clone()]).zip(&saved.norm[rows]);
+            for ((&lse, &delta), &norm) in statistics {
                 // lse ≥ sink, so −∞ means that the sink is −∞ as well and takes no part.
                 if lse != T::Compute::NEG_INFINITY {
-                    sum -= (sink.to_f64() - lse.to_f64()).exp() * delta.to_f64();
+                    sum -= (sink.to_f64() - lse.to_f64()).exp() * norm.to_f64() * delta.to_f64();
                 }
             }
         }

@@ -109,7 +109,7 @@ impl<T: Float> WithSimd for Run<'_, '_, T> {
                     let kv = (b, h / context.problem.group());
                     let keys = KeyTile::load(context, key_scratch, kv, (j0, tile.keys), true);
                     for (tile, kind) in seen {
-                        let add = |i: usize, ds: &mut [T::Compute]| {
+                        let add = |i: usize, _: &[T::Compute], ds: &[T::Compute]| {
                             let r = if rows > 1 { i - queries.start } else { 0 };
                             let sums = &mut sums[r * BK..][..ds.len()];
                             sums.iter_mut().zip(ds).for_each(|(sum, ds)| *sum += ds.to_f64());

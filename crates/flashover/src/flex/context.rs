@@ -291,6 +291,15 @@ impl HeadDropout {
         mix(j as u32 ^ 2_654_435_769)
     }
 
+    /// What dropout does to row `i` of probabilities, from key `j0` on: the factor or 0.
+    #[inline(always)]
+    pub fn multipliers<R: Real>(&self, i: usize, j0: usize, out: &mut [R]) {
+        let (row, factor) = (self.row(i), R::from_f64(self.factor));
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = if self.keeps(row, Self::key(j0 + j)) { factor } else { R::default() };
+        }
+    }
+
     /// Whether the probability at a row and a key, given by their hashes, is kept.
     #[inline(always)]
     pub fn keeps(&self, row: u32, key: u32) -> bool {

@@ -8,7 +8,7 @@ mod backend;
 mod backward;
 mod bias_gradient;
 mod context;
-mod exact_delta;
+mod delta;
 mod forward;
 mod gemm;
 mod parallel;

@@ -1,9 +1,9 @@
 //! Backward of one tile, and the sweep over tiles that adds up the gradients of q, k and v.
 //!
-//! Source: FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2. With `delta_i = Σ do_i ∘ o_i − dlse_i`:
+//! Source: FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2. With `delta` and `norm` of [`delta`](super::delta):
 //!
 //! ```text
-//! s = (scale · q) kᵀ              p = exp(f(s) − lse)                    [bq, bk], recomputed
+//! s = (scale · q) kᵀ              p = exp(f(s) − lse) · norm             [bq, bk], recomputed
 //! dp = do vᵀ                      ds = p ∘ (dp − delta) ∘ f′(s)
 //! dv += pᵀ do      dk += dsᵀ (scale · q)      dq += scale · ds k
 //! ```
@@ -36,6 +36,8 @@ pub(super) struct Saved<'a, T: Float> {
     pub lse: &'a [T::Compute],
     /// `[B, Hq, Sq]`.
     pub delta: &'a [T::Compute],
+    /// Factor that makes the probabilities of a query sum to 1, `[B, Hq, Sq]`.
+    pub norm: &'a [T::Compute],
 }
 
 /// Tiles of one thread.
@@ -57,8 +59,8 @@ pub(super) struct KeyScratch<R> {
     vt: Vec<R>,
 }
 
-/// One tile: copies of rows of q and do where needed, `scale · q`, p and ds, `[BQ, BK]`, and a row of the softcap's
-/// derivative.
+/// One tile: copies of rows of q and do where needed, `scale · q`, p and ds, `[BQ, BK]`, and a row each of the softcap's
+/// derivative and of dropout's multipliers.
 pub(super) struct TileScratch<R> {
     q: Vec<R>,
     scaled_q: Vec<R>,
@@ -66,6 +68,7 @@ pub(super) struct TileScratch<R> {
     p: Vec<R>,
     pub ds: Vec<R>,
     slope_of_cap: Vec<R>,
+    multipliers: Vec<R>,
 }
 
 impl<R: Real> KeyScratch<R> {
@@ -95,12 +98,13 @@ impl<R: Real> TileScratch<R> {
             p: zeros(BQ * BK),
             ds: zeros(BQ * BK),
             slope_of_cap: zeros(BK),
+            multipliers: zeros(BK),
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap } = self;
-        let elements: usize = [q, scaled_q, do_, p, ds, slope_of_cap].map(Vec::len).iter().sum();
+        let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers } = self;
+        let elements: usize = [q, scaled_q, do_, p, ds, slope_of_cap, multipliers].map(Vec::len).iter().sum();
         elements * size_of::<R>()
     }
 }
@@ -152,8 +156,8 @@ impl<'x, R: Real> KeyTile<'x, R> {
     }
 }
 
-/// p and, if wanted, ds of one tile, in `scratch`. `each_row(i, ds)` sees every row of ds before the softcap's
-/// derivative: the gradient of what the score functions added.
+/// p and, if wanted, ds of one tile, in `scratch`. `each_row(i, p, ds)` sees every row of p before dropout, and of ds
+/// before the softcap's derivative: the gradient of what the score functions added.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
@@ -164,11 +168,11 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
     (tile, kind): (&Tile, TileKind),
     scratch: &'x mut TileScratch<T::Compute>,
     with_ds: bool,
-    mut each_row: impl FnMut(usize, &mut [T::Compute]),
+    mut each_row: impl FnMut(usize, &[T::Compute], &[T::Compute]),
 ) -> GradientTile<'x, T::Compute> {
     let (b, h) = (tile.b, tile.h);
     let problem = context.problem;
-    let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap } = scratch;
+    let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers } = scratch;
     let q = rows(&context.q, (b, h), tile.i0, tile.rows, q);
     // As the forward scales them: a key that is alone must get the score again, bit for bit, for its p to be 1.
     let q = scaled(q, tile.rows, problem.head_dim, context.scale, scaled_q);
@@ -183,7 +187,7 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
     for (r, (p, ds)) in p.chunks_exact_mut(BK).zip(ds.chunks_exact_mut(BK)).take(tile.rows).enumerate() {
         let i = tile.i0 + r;
         let row = (b * problem.heads_q + h) * problem.seq_q + i;
-        let (lse, delta) = (saved.lse[row], saved.delta[row]);
+        let (lse, delta, norm) = (saved.lse[row], saved.delta[row], saved.norm[row]);
         if lse == T::Compute::NEG_INFINITY {
             hides = true;
             p.fill(T::Compute::default());
@@ -194,15 +198,19 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
             context.score_row::<S>(&mut p[..tile.keys], slope_of_cap, tile, i);
         }
         let vectors = ..padded(tile.keys);
-        match dropout {
-            None => plain_row::<_, S>(&mut p[vectors], &mut ds[vectors], lse, delta),
-            Some(dropout) => drop_row::<_, S>(&mut p[vectors], &mut ds[vectors], lse, delta, (&dropout, i, tile.j0)),
+        if let Some(dropout) = &dropout {
+            dropout.multipliers(i, tile.j0, &mut multipliers[vectors]);
+            ds[vectors].iter_mut().zip(&*multipliers).for_each(|(ds, &multiplier)| *ds *= multiplier);
         }
+        gradient_row::<_, S>(&mut p[vectors], &mut ds[vectors], lse, norm, delta);
         let (p, ds) = (&mut p[..tile.keys], &mut ds[..tile.keys]);
         if kind == TileKind::Partial {
             context.hide_row(p, ds, tile, i);
         }
-        each_row(i, ds);
+        each_row(i, p, ds);
+        if dropout.is_some() {
+            p.iter_mut().zip(&*multipliers).for_each(|(p, &multiplier)| *p *= multiplier);
+        }
         if problem.softcap.is_some() {
             ds.iter_mut().zip(slope_of_cap.iter()).for_each(|(ds, &derivative)| *ds *= derivative);
         }
@@ -221,35 +229,17 @@ pub(super) struct GradientTile<'x, R> {
     hides: bool,
 }
 
-/// `p = exp(s − lse)` and `ds = p ∘ (dp − delta)`, where s and dp stood. Vectors at a time: the rows are padded
+/// `p = exp(s − lse) · norm` and `ds = p ∘ (dp − delta)`, where s and dp stood. Vectors at a time: the rows are padded
 /// by elements that nobody reads.
 #[inline(always)]
-fn plain_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], lse: R, delta: R) {
+fn gradient_row<R: Real, S: Simd>(p: &mut [R], ds: &mut [R], lse: R, norm: R, delta: R) {
     for (p_out, ds_out) in p.as_chunks_mut::<PAD>().0.iter_mut().zip(ds.as_chunks_mut::<PAD>().0) {
         let (mut p, mut ds) = (*p_out, *ds_out);
         for (p, ds) in p.iter_mut().zip(&mut ds) {
-            *p = (*p - lse).exp::<S>();
+            *p = (*p - lse).exp::<S>() * norm;
             *ds = *p * (*ds - delta);
         }
         (*p_out, *ds_out) = (p, ds);
-    }
-}
-
-/// As [`plain_row`], with dropout's multiplier on dp and then on p; the row is query `i` and the keys from `j0` on.
-#[inline(always)]
-fn drop_row<R: Real, S: Simd>(
-    p: &mut [R],
-    ds: &mut [R],
-    lse: R,
-    delta: R,
-    (dropout, i, j0): (&HeadDropout, usize, usize),
-) {
-    let (row, factor) = (dropout.row(i), R::from_f64(dropout.factor));
-    for (j, (p, ds)) in p.iter_mut().zip(ds).enumerate() {
-        let multiplier = if dropout.keeps(row, HeadDropout::key(j0 + j)) { factor } else { R::default() };
-        *p = (*p - lse).exp::<S>();
-        *ds = *p * (*ds * multiplier - delta);
-        *p *= multiplier;
     }
 }
 
@@ -351,14 +341,15 @@ fn key_tile<T: Float, S: Simd, Blocks: Iterator<Item = Tile>>(
             }
             let mut slope_sum = 0.0;
             let row_of = |i: usize| (h - heads.start) * queries.len() + i - queries.start;
-            let result = gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, ds| {
-                if targets.slopes.is_some() {
-                    slope_sum += context.distance_sum(ds, &tile, i);
-                }
-                if let Some(bias) = &mut targets.bias {
-                    T::narrow_slice(ds, &mut bias[row_of(i) * problem.seq_kv + tile.j0..][..ds.len()]);
-                }
-            });
+            let result =
+                gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, _, ds| {
+                    if targets.slopes.is_some() {
+                        slope_sum += context.distance_sum(ds, &tile, i);
+                    }
+                    if let Some(bias) = &mut targets.bias {
+                        T::narrow_slice(ds, &mut bias[row_of(i) * problem.seq_kv + tile.j0..][..ds.len()]);
+                    }
+                });
             if let Some(slopes) = &mut targets.slopes {
                 slopes[(h - heads.start) * queries.len().div_ceil(BQ) + (tile.i0 - queries.start) / BQ] += slope_sum;
             }
