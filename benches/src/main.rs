@@ -48,23 +48,19 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let plan = suites::Plan { repeats: arguments.repeats.max(1), only: arguments.only };
-    let rows = match arguments.suite {
-        Suite::Flex => suites::flex(&plan),
-        Suite::Gpu => suites::gpu(&plan),
-    };
-    let rows = match rows {
-        Ok(rows) => rows,
+    let measured = report::Report::new(arguments.json).and_then(|mut report| {
+        let ended = match arguments.suite {
+            Suite::Flex => suites::flex(&plan, &mut report),
+            Suite::Gpu => suites::gpu(&plan, &mut report),
+        };
+        report::table(report.rows());
+        ended
+    });
+    match measured {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error}");
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    report::table(&rows);
-    if let Some(path) = arguments.json
-        && let Err(error) = report::json(&rows, &path)
-    {
-        eprintln!("bench: writing {}: {error}", path.display());
-        return ExitCode::FAILURE;
     }
-    ExitCode::SUCCESS
 }

@@ -1,6 +1,8 @@
 //! Rows of figures, as a table for people and as JSON for the record.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -104,10 +106,37 @@ pub fn table(rows: &[Row]) {
     }
 }
 
-/// Writes the rows, one JSON object a line.
-pub fn json(rows: &[Row], path: &Path) -> std::io::Result<()> {
-    let lines: Result<Vec<String>, _> = rows.iter().map(serde_json::to_string).collect();
-    std::fs::write(path, lines?.join("\n") + "\n")
+/// The rows of a run as they come. Each is written at once: a run that is cut off leaves what it has measured.
+pub struct Report {
+    rows: Vec<Row>,
+    /// Where a JSON object a line goes, and its name.
+    json: Option<(File, PathBuf)>,
+}
+
+impl Report {
+    /// An empty report; `json` is created or emptied.
+    pub fn new(json: Option<PathBuf>) -> Result<Self, String> {
+        let open = |path: PathBuf| match File::create(&path) {
+            Ok(file) => Ok((file, path)),
+            Err(error) => Err(format!("creating {}: {error}", path.display())),
+        };
+        Ok(Report { rows: Vec::new(), json: json.map(open).transpose()? })
+    }
+
+    /// Adds a row.
+    pub fn push(&mut self, row: Row) -> Result<(), String> {
+        if let Some((file, path)) = &mut self.json {
+            let line = serde_json::to_string(&row).map_err(|error| error.to_string())?;
+            writeln!(file, "{line}").map_err(|error| format!("writing {}: {error}", path.display()))?;
+        }
+        self.rows.push(row);
+        Ok(())
+    }
+
+    /// All rows so far.
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
 }
 
 fn number(value: f64, unit: &str) -> String {

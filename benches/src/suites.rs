@@ -5,7 +5,7 @@ use flashover::kernels::mask::{Band, UNBOUNDED};
 use flashover::kernels::problem::Element;
 
 use crate::case::{Case, Tensors};
-use crate::report::{Row, Run};
+use crate::report::{Report, Run};
 use crate::{gate, gemm, memory, timing, torch};
 
 /// How to run a suite.
@@ -28,10 +28,9 @@ fn window(keys: u32) -> Band {
 }
 
 /// The native CPU path: B1 H8 D64 at S 4096 against Burn's Flex, the GEMM rate, PyTorch; memory up to S 65,536.
-pub fn flex(plan: &Plan) -> Result<Vec<Row>, String> {
+pub fn flex(plan: &Plan, report: &mut Report) -> Result<(), String> {
     let device = Device::flex();
     let run = Run::new("flex", cpu_name());
-    let mut rows = Vec::new();
     let gemm = gemm::f32_rate(2048, plan.repeats);
     match &gemm {
         Some((rate, name)) => println!("f32 GEMM 2048³: {:.1} GFLOP/s ({name}); ours runs {}", rate / 1e9, simd()),
@@ -42,31 +41,31 @@ pub fn flex(plan: &Plan) -> Result<Vec<Row>, String> {
         if !plan.takes(&case) {
             continue;
         }
-        compare(&run, plan, &case, &device, &mut rows)?;
+        compare(&run, plan, &case, &device, report)?;
+        let rows = report.rows();
         let forward = rows.iter().rfind(|row| row.metric == "forward_ms").map(|row| row.ours).expect("just measured");
         if let Some((rate, _)) = &gemm {
             let ours = case.forward_flops() / forward / 1e9;
-            rows.push(run.more(&case.name(), "tflops", ours, Some(("gemm", rate / 1e12))));
+            report.push(run.more(&case.name(), "tflops", ours, Some(("gemm", rate / 1e12))))?;
         }
         match torch::forward_ms(&case, plan.repeats) {
-            Ok(ms) => rows.push(run.less(&case.name(), "forward_ms", forward, Some(("torch_cpu", ms)))),
+            Ok(ms) => report.push(run.less(&case.name(), "forward_ms", forward, Some(("torch_cpu", ms))))?,
             Err(reason) => println!("torch_cpu not measured: {reason}"),
         }
     }
-    memory_slope(&run, plan, Element::F32, &device, &mut rows)?;
-    Ok(rows)
+    memory_slope(&run, plan, Element::F32, &device, report)?;
+    Ok(())
 }
 
 /// The default device of the build's features, against Burn's own attention; memory up to S 65,536.
-pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
+pub fn gpu(plan: &Plan, report: &mut Report) -> Result<(), String> {
     let device = Device::default();
     if device == Device::flex() {
         return Err(
             "suite gpu: expected a build with a GPU feature (cuda, rocm, vulkan, webgpu, metal), got Flex".into()
         );
     }
-    let run = Run::new("gpu", format!("{device:?}"));
-    let mut rows = Vec::new();
+    let run = Run::new("gpu", gpu_name().unwrap_or_else(|| format!("{device:?}")));
     let f16 = device.supports_dtype(burn::tensor::DType::F16);
     let elements = if f16 { vec![Element::F32, Element::F16] } else { vec![Element::F32] };
     for element in elements {
@@ -77,30 +76,30 @@ pub fn gpu(plan: &Plan) -> Result<Vec<Row>, String> {
         ] {
             let case = Case::new(band, batch, heads, seq, dim, element);
             if plan.takes(&case) {
-                compare(&run, plan, &case, &device, &mut rows)?;
+                compare(&run, plan, &case, &device, report)?;
             }
         }
-        memory_slope(&run, plan, element, &device, &mut rows)?;
+        memory_slope(&run, plan, element, &device, report)?;
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// Memory of forward and backward in a window, as the sequence grows.
-fn memory_slope(run: &Run, plan: &Plan, element: Element, device: &Device, rows: &mut Vec<Row>) -> Result<(), String> {
+fn memory_slope(run: &Run, plan: &Plan, element: Element, device: &Device, report: &mut Report) -> Result<(), String> {
     for seq in [4096, 8192, 16_384, 32_768, 65_536] {
         let case = Case::new(window(1024), 1, 8, seq, 64, element);
         if plan.takes(&case) {
             println!("{}: checking, then counting memory", case.name());
             gate::check(&case, device)?;
             let bytes = peak_of(&case, device, |case, t| Some(case.ours(t))).expect("ours always runs");
-            rows.push(run.less(&case.name(), "peak_extra_bytes", bytes, None));
+            report.push(run.less(&case.name(), "peak_extra_bytes", bytes, None))?;
         }
     }
     Ok(())
 }
 
 /// Forward, backward and both, ours against Burn's, and the memory of both.
-fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<Row>) -> Result<(), String> {
+fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, report: &mut Report) -> Result<(), String> {
     let name = case.name();
     println!("{name}: checking, then timing");
     gate::check(case, device)?;
@@ -115,13 +114,13 @@ fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<
         timing::milliseconds(call).1
     };
     let [ours, peer] = timing::interleaved(plan.repeats, [&mut || forward(false), &mut || forward(true)]);
-    rows.push(run.less(&name, "forward_ms", ours, Some(("burn", peer))));
-    rows.push(run.more(
+    report.push(run.less(&name, "forward_ms", ours, Some(("burn", peer))))?;
+    report.push(run.more(
         &name,
         "tflops",
         case.forward_flops() / ours / 1e9,
         Some(("burn", case.forward_flops() / peer / 1e9)),
-    ));
+    ))?;
 
     drop(t);
     let device = device.clone().autodiff();
@@ -144,12 +143,12 @@ fn compare(run: &Run, plan: &Plan, case: &Case, device: &Device, rows: &mut Vec<
         plan.repeats,
         [&mut || both(false, false), &mut || both(true, false), &mut || both(false, true), &mut || both(true, true)],
     );
-    rows.push(run.less(&name, "forward_backward_ms", ours, Some(("burn", peer))));
-    rows.push(run.less(&name, "backward_ms", ours_backward, Some(("burn", peer_backward))));
+    report.push(run.less(&name, "forward_backward_ms", ours, Some(("burn", peer))))?;
+    report.push(run.less(&name, "backward_ms", ours_backward, Some(("burn", peer_backward))))?;
     drop(t);
     let ours = peak_of(case, &device, |case, t| Some(case.ours(t))).expect("ours always runs");
     let peer = peak_of(case, &device, |case, t| case.burn(t)).expect("Burn has this attention");
-    rows.push(run.less(&name, "peak_extra_bytes", ours, Some(("burn", peer))));
+    report.push(run.less(&name, "peak_extra_bytes", ours, Some(("burn", peer))))?;
     Ok(())
 }
 
@@ -192,6 +191,14 @@ fn loss(o: Tensor<4>) -> Tensor<1> {
 
 fn simd() -> &'static str {
     flashover::flex_simd()
+}
+
+/// Card and driver of a CUDA build.
+fn gpu_name() -> Option<String> {
+    let arguments = ["--query-gpu=name,driver_version", "--format=csv,noheader"];
+    let output = cfg!(feature = "cuda").then(|| std::process::Command::new("nvidia-smi").args(arguments).output())?;
+    let text = String::from_utf8(output.ok()?.stdout).ok()?;
+    text.lines().next().map(|line| line.replace(", ", ", driver "))
 }
 
 fn cpu_name() -> String {

@@ -97,6 +97,9 @@ pub fn element_type(element: Element) -> ElemType {
     })
 }
 
+/// Iterations after which Mesa's software GPU ends all loops of a unit.
+const SOFTWARE_ITERATIONS: usize = 65_535;
+
 /// What a device offers, as far as the choice of a kernel depends on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceLimits {
@@ -110,6 +113,8 @@ pub struct DeviceLimits {
     pub max_units: usize,
     /// Element types that it stores and computes with.
     pub elements: Vec<Element>,
+    /// Times that a unit may go around loops: more than anything runs, except on software GPUs.
+    pub max_iterations: usize,
     /// Whether it is a real GPU: one that a driver compiles unrolled loops for in reasonable time.
     pub hardware: bool,
 }
@@ -124,6 +129,7 @@ impl DeviceLimits {
         };
         let elements = [Element::F32, Element::F16, Element::BF16];
         let hardware = &properties.hardware;
+        let real = hardware.plane_size_max >= 32;
         DeviceLimits {
             name: client.name().to_string(),
             // CubeCL has already taken off the one for the shapes and scalars that it passes.
@@ -131,7 +137,8 @@ impl DeviceLimits {
             max_shared_bytes: hardware.max_shared_memory_size,
             max_units: hardware.max_units_per_cube as usize,
             elements: elements.into_iter().filter(usable).collect(),
-            hardware: hardware.plane_size_max >= 32,
+            max_iterations: if real { usize::MAX } else { SOFTWARE_ITERATIONS },
+            hardware: real,
         }
     }
 }

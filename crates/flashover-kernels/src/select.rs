@@ -100,6 +100,7 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mask::Band;
     use crate::problem::Element;
 
     fn limits() -> DeviceLimits {
@@ -109,6 +110,7 @@ mod tests {
             max_shared_bytes: 16 * 1024,
             max_units: 256,
             elements: vec![Element::F32, Element::F16],
+            max_iterations: usize::MAX,
             hardware: true,
         }
     }
@@ -150,5 +152,13 @@ mod tests {
         let cramped = DeviceLimits { max_shared_bytes: 4096, ..limits() };
         let error = select(&problem(99, Element::F32), &cramped, KernelChoice::Auto).unwrap_err();
         assert!(error.to_string().contains("expected at most 4096 bytes of shared memory on test"), "{error}");
+        let software = DeviceLimits { max_iterations: 65_535, hardware: false, ..limits() };
+        select(&problem(300, Element::F32), &software, KernelChoice::Auto).unwrap();
+        let long = [1, 2, 100_000, 64];
+        let long = Problem::new(long, long, long, Element::F32).unwrap();
+        let error = select(&long, &software, KernelChoice::Auto).unwrap_err();
+        assert!(error.to_string().contains("expected at most 65535 loop iterations of a unit on test"), "{error}");
+        let window = Band { causal: true, left: 1023, ..Band::default() };
+        select(&Problem { band: window, ..long }, &software, KernelChoice::Auto).unwrap();
     }
 }

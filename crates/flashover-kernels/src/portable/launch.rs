@@ -7,6 +7,7 @@ use super::backward::{backward_keys_kernel, backward_queries_kernel};
 use super::delta::delta_kernel;
 use super::element::NumbersLaunch;
 use super::forward::forward_kernel;
+use super::iterations::iterations;
 use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum_kernel, head_sums_kernel};
 use super::reductions::Reductions;
 use super::scratch::{self, Layout, row_statistics};
@@ -445,6 +446,7 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: TileConfig) 
         ("bytes of shared memory", limits.max_shared_bytes, tile.shared_bytes()),
         ("units", limits.max_units, tile.units()),
         ("bindings", limits.max_bindings, BINDINGS),
+        ("loop iterations of a unit", limits.max_iterations, iterations(problem, tile)),
     ] {
         if found > limit {
             return Err(KernelError::Limit { kernel: "portable", what, device: limits.name.clone(), limit, found });

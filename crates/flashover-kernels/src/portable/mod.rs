@@ -14,6 +14,7 @@ mod delta;
 mod element;
 mod forward;
 mod gradient;
+mod iterations;
 mod launch;
 mod parameters;
 mod reductions;

@@ -24,7 +24,7 @@ pub(crate) const PIECE: usize = LANES * LANES;
 
 /// Steps of the innermost loops that are always unrolled: enough to keep a software GPU from counting its way through
 /// them, few enough for its compiler.
-const STEP: usize = 4;
+pub(crate) const STEP: usize = 4;
 
 /// What the weights tile holds where a score is hidden. A probability never gets there, nor does the gradient of a
 /// score that is not about to overflow; a NaN differs from it, so a visible NaN stays visible.

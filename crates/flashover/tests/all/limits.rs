@@ -5,8 +5,13 @@ use burn::tensor::{Distribution, Tensor};
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use flashover::kernels::device::DeviceLimits;
+use flashover::kernels::portable::{TileConfig, check_limits};
+use flashover::kernels::problem::{Element, Problem};
+use flashover::{AttentionOptions, attention};
+use flashover_testing::data::Case;
 
 use crate::devices::limited::limited;
+use crate::grid::check;
 
 fn client() -> Client {
     let device = limited();
@@ -74,4 +79,56 @@ fn burns_own_kernels_run_on_it() {
     let x = Tensor::<2>::from_data(x.into_data(), &host);
     let expected = (x.clone() * 2.0 + 1.0).matmul(x.transpose()).sum_dim(1);
     y.into_data().assert_approx_eq::<f32>(&expected.into_data(), burn::tensor::Tolerance::rel_abs(1e-4, 1e-2));
+}
+
+/// Counts to `count`.
+#[cube(launch)]
+fn count_to(output: &mut [u32], count: u32) {
+    let mut i = 0u32;
+    while i < count {
+        // What the compiler cannot add up in advance.
+        output[0] = output[0] ^ i;
+        i += 1;
+    }
+    output[1] = i;
+}
+
+#[test]
+fn loops_end_when_they_should() {
+    let client = client();
+    let limit = DeviceLimits::of(&client).max_iterations;
+    for count in [10u32, 60_000, 65_535, 70_000, 1_000_000] {
+        let output = client.create_from_slice(u32::as_bytes(&[0, 0]));
+        // SAFETY: the buffer holds two elements.
+        let arg = unsafe { BufferArg::from_raw_parts(output.clone(), 2) };
+        count_to::launch(&client, CubeCount::Static(1, 1, 1), CubeDim::new_1d(1), arg, count);
+        let counted = u32::from_bytes(&client.read_one(output).unwrap())[1];
+        println!("{count}: counted to {counted}");
+        if count as usize <= limit {
+            assert_eq!(counted, count, "the device promises {limit} iterations");
+        }
+    }
+}
+
+/// One query and `keys` keys.
+fn decoding(keys: usize) -> Problem {
+    Problem::new([1, 1, 1, 16], [1, 1, keys, 16], [1, 1, keys, 16], Element::F32).unwrap()
+}
+
+#[test]
+fn the_longest_walk_that_is_admitted_is_walked_to_its_end() {
+    let limits = DeviceLimits::of(&client());
+    let admitted = |keys: usize| check_limits(&decoding(keys), &limits, TileConfig::SOFTWARE);
+    // In steps of a tile, from a length that runs anywhere to one that takes no software GPU's loops.
+    let longest = (1..4096).map(|tiles| tiles * TileConfig::SOFTWARE.cols()).take_while(|&keys| admitted(keys).is_ok());
+    let longest = longest.last().expect("one tile of keys is admitted");
+    println!("{longest} keys are admitted");
+    check(&Case::new(decoding(longest), 7), &[limited()]).unwrap();
+
+    let more = longest + 1;
+    if admitted(more).is_err() {
+        let x = |length: usize| Tensor::<4>::zeros([1, 1, length, 16], &limited());
+        let error = attention(x(1), x(more), x(more), &AttentionOptions::new()).expect_err("a walk that is too long");
+        assert!(error.to_string().contains("expected at most 65535 loop iterations of a unit"), "{error}");
+    }
 }
