@@ -65,7 +65,9 @@ pub fn gpu(plan: &Plan, report: &mut Report) -> Result<(), String> {
             "suite gpu: expected a build with a GPU feature (cuda, rocm, vulkan, webgpu, metal), got Flex".into()
         );
     }
-    let run = Run::new("gpu", gpu_name().unwrap_or_else(|| format!("{device:?}")));
+    let name = format!("{device:?}");
+    let card = if name.contains("Cuda") { cuda_card() } else { None };
+    let run = Run::new("gpu", card.unwrap_or(name));
     let f16 = device.supports_dtype(burn::tensor::DType::F16);
     let elements = if f16 { vec![Element::F32, Element::F16] } else { vec![Element::F32] };
     for element in elements {
@@ -193,11 +195,11 @@ fn simd() -> &'static str {
     flashover::flex_simd()
 }
 
-/// Card and driver of a CUDA build.
-fn gpu_name() -> Option<String> {
+/// NVIDIA's card and driver, where its tool is at hand.
+fn cuda_card() -> Option<String> {
     let arguments = ["--query-gpu=name,driver_version", "--format=csv,noheader"];
-    let output = cfg!(feature = "cuda").then(|| std::process::Command::new("nvidia-smi").args(arguments).output())?;
-    let text = String::from_utf8(output.ok()?.stdout).ok()?;
+    let output = std::process::Command::new("nvidia-smi").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
     text.lines().next().map(|line| line.replace(", ", ", driver "))
 }
 

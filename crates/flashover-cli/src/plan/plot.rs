@@ -8,12 +8,11 @@ use std::path::Path;
 use flashover_shard::planner::{Query, Sweep};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::register_font;
 
 use super::PlanError;
+use crate::font::{self, NAME as FONT};
 use curves::{Bars, Curve, Panel};
 
-const FONT: &str = "sans-serif";
 const SIZE: (u32, u32) = (1800, 640);
 const COLORS: [RGBColor; 6] = [
     RGBColor(0x1f, 0x5f, 0xb4),
@@ -33,8 +32,7 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 /// If the extension is another one or the file cannot be written.
 pub fn draw(path: &Path, query: &Query, sweep: &Sweep) -> Result<(), PlanError> {
     let failed = |error: Box<dyn std::error::Error>| PlanError::Plot(format!("{}: {error}", path.display()));
-    register_font(FONT, FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
-        .map_err(|_| PlanError::Plot("the font that comes with this program does not parse".to_owned()))?;
+    font::register().map_err(|error| PlanError::Plot(error.to_owned()))?;
     let panels = [curves::frontier(query, sweep), curves::volumes(query, sweep)?];
     let bars = curves::memory(query, sweep);
     match path.extension().and_then(|extension| extension.to_str()) {

@@ -11,6 +11,8 @@ const CELLS: u32 = 256;
 /// Side of a grid in pixels.
 const SIDE: f64 = 512.0;
 const MARGIN: f64 = 16.0;
+/// Partial tiles.
+const ORANGE: [u8; 3] = [0xf0, 0xa8, 0x30];
 
 /// Visible points as a fraction of all, for each cell of a grid of `rows × columns` that covers a head's points, in
 /// row-major order. Tiles that are Empty or Full as a whole are not visited.
@@ -42,38 +44,111 @@ fn cell(n: u32, cells: u32, length: u32) -> Range<u32> {
     bound(n)..bound(n + 1)
 }
 
-/// A head's mask and its plan as an SVG: points on the left, tiles on the right (Full dark, Partial light), the plan's
+/// A head's mask and its plan, drawn: points on the left, tiles on the right (Full dark, Partial orange), the plan's
 /// own description below. Above 256 tiles on a side the drawn tiles are larger than the plan's, by a power of two.
-///
-/// # Errors
-/// Those of [`BlockPlan::new`].
-pub fn svg(mask: &Mask, extent: Extent, tile: TileSize, b: u32, h: u32) -> Result<String, MaskError> {
-    let bound = mask.bind(extent)?;
-    let plan = BlockPlan::new(mask, extent, tile)?.refine();
-    let (rows, columns) = (extent.seq_q.min(CELLS), extent.seq_kv.min(CELLS));
-    let points = shares(&bound, b, h, rows, columns);
-    let mut out = String::new();
-    let (width, height) = (2.0 * SIDE + 3.0 * MARGIN, SIDE + 3.0 * MARGIN);
-    let _ = writeln!(
-        out,
-        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" shape-rendering="crispEdges">"#
-    );
-    let _ = writeln!(out, r#"<rect width="{width}" height="{height}" fill="white"/>"#);
-    grid(&mut out, MARGIN, rows, columns, |row, column| {
-        let share = points[(row * columns + column) as usize];
-        // From white to dark blue; a cell with anything visible is never white.
-        (share > 0.0).then(|| color(0.15 + 0.85 * share))
-    });
-    let (kinds, rows, columns) = drawn_tiles(&plan, b, h);
-    grid(&mut out, 2.0 * MARGIN + SIDE, rows, columns, |row, column| match kinds[(row * columns + column) as usize] {
-        TileKind::Empty => None,
-        TileKind::Full => Some(color(1.0)),
-        TileKind::Partial => Some("#f0a830".into()),
-    });
-    let at = SIDE + 2.3 * MARGIN;
-    let _ = writeln!(out, r#"<text x="{MARGIN}" y="{at}" font-family="sans-serif" font-size="13">{plan}</text>"#);
-    out.push_str("</svg>\n");
-    Ok(out)
+#[derive(Debug, Clone, PartialEq)]
+pub struct Picture {
+    /// Width and height in pixels; the background is white.
+    pub size: [f64; 2],
+    /// What is filled.
+    pub rectangles: Vec<Rectangle>,
+    /// What is framed in black: the two grids.
+    pub frames: Vec<[f64; 4]>,
+    /// Left end of the caption's baseline.
+    pub caption_at: [f64; 2],
+    /// The plan's description.
+    pub caption: String,
+}
+
+/// A filled rectangle.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rectangle {
+    /// Left, top, width and height in pixels.
+    pub place: [f64; 4],
+    /// Red, green and blue.
+    pub color: [u8; 3],
+}
+
+impl Picture {
+    /// Draws head `h` of batch element `b`.
+    ///
+    /// # Errors
+    /// Those of [`BlockPlan::new`].
+    ///
+    /// # Panics
+    /// May panic if `b` or `h` is out of the extent.
+    pub fn new(mask: &Mask, extent: Extent, tile: TileSize, b: u32, h: u32) -> Result<Self, MaskError> {
+        let bound = mask.bind(extent)?;
+        let plan = BlockPlan::new(mask, extent, tile)?.refine();
+        let (rows, columns) = (extent.seq_q.min(CELLS), extent.seq_kv.min(CELLS));
+        let points = shares(&bound, b, h, rows, columns);
+        let mut picture = Picture {
+            size: [2.0 * SIDE + 3.0 * MARGIN, SIDE + 3.0 * MARGIN],
+            rectangles: Vec::new(),
+            frames: Vec::new(),
+            caption_at: [MARGIN, SIDE + 2.3 * MARGIN],
+            caption: plan.to_string(),
+        };
+        picture.grid(MARGIN, rows, columns, |row, column| {
+            let share = points[(row * columns + column) as usize];
+            // From white to dark blue; a cell with anything visible is never white.
+            (share > 0.0).then(|| color(0.15 + 0.85 * share))
+        });
+        let (kinds, rows, columns) = drawn_tiles(&plan, b, h);
+        picture.grid(2.0 * MARGIN + SIDE, rows, columns, |row, column| {
+            match kinds[(row * columns + column) as usize] {
+                TileKind::Empty => None,
+                TileKind::Full => Some(color(1.0)),
+                TileKind::Partial => Some(ORANGE),
+            }
+        });
+        Ok(picture)
+    }
+
+    /// Draws a grid of cells, neighbours of one colour in a row as one rectangle, and a frame.
+    fn grid(&mut self, left: f64, rows: u32, columns: u32, color: impl Fn(u32, u32) -> Option<[u8; 3]>) {
+        let (width, height) = (SIDE / f64::from(columns.max(1)), SIDE / f64::from(rows.max(1)));
+        for row in 0..rows {
+            let mut start = 0;
+            while start < columns {
+                let fill = color(row, start);
+                let end = (start..columns).find(|&column| color(row, column) != fill).unwrap_or(columns);
+                if let Some(color) = fill {
+                    let (x, y) = (left + f64::from(start) * width, MARGIN + f64::from(row) * height);
+                    self.rectangles.push(Rectangle { place: [x, y, f64::from(end - start) * width, height], color });
+                }
+                start = end;
+            }
+        }
+        self.frames.push([left, MARGIN, SIDE, SIDE]);
+    }
+
+    /// As an SVG document.
+    pub fn svg(&self) -> String {
+        let mut out = String::new();
+        let [width, height] = self.size;
+        let _ = writeln!(
+            out,
+            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" shape-rendering="crispEdges">"#
+        );
+        let _ = writeln!(out, r#"<rect width="{width}" height="{height}" fill="white"/>"#);
+        for Rectangle { place: [x, y, width, height], color: [red, green, blue] } in &self.rectangles {
+            let _ = writeln!(
+                out,
+                r##"<rect x="{x:.2}" y="{y:.2}" width="{width:.2}" height="{height:.2}" fill="#{red:02x}{green:02x}{blue:02x}"/>"##
+            );
+        }
+        for [x, y, width, height] in &self.frames {
+            let _ = writeln!(
+                out,
+                r#"<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>"#
+            );
+        }
+        let ([x, y], caption) = (self.caption_at, &self.caption);
+        let _ = writeln!(out, r#"<text x="{x}" y="{y}" font-family="sans-serif" font-size="13">{caption}</text>"#);
+        out.push_str("</svg>\n");
+        out
+    }
 }
 
 /// Kinds of the tiles to draw in row-major order, with their rows and columns: several tiles in one where there are many.
@@ -101,33 +176,9 @@ fn drawn_tiles(plan: &BlockPlan, b: u32, h: u32) -> (Vec<TileKind>, u32, u32) {
     (kinds.collect(), rows, columns)
 }
 
-/// Draws a grid of cells, neighbours of one colour in a row as one rectangle, and a frame.
-fn grid(out: &mut String, left: f64, rows: u32, columns: u32, color: impl Fn(u32, u32) -> Option<String>) {
-    let (width, height) = (SIDE / f64::from(columns.max(1)), SIDE / f64::from(rows.max(1)));
-    for row in 0..rows {
-        let mut start = 0;
-        while start < columns {
-            let fill = color(row, start);
-            let end = (start..columns).find(|&column| color(row, column) != fill).unwrap_or(columns);
-            if let Some(fill) = fill {
-                let (x, y) = (left + f64::from(start) * width, MARGIN + f64::from(row) * height);
-                let run = f64::from(end - start) * width;
-                let _ = writeln!(
-                    out,
-                    r#"<rect x="{x:.2}" y="{y:.2}" width="{run:.2}" height="{height:.2}" fill="{fill}"/>"#
-                );
-            }
-            start = end;
-        }
-    }
-    let _ =
-        writeln!(out, r#"<rect x="{left}" y="{MARGIN}" width="{SIDE}" height="{SIDE}" fill="none" stroke="black"/>"#);
-}
-
 /// Between white (0) and dark blue (1).
-fn color(share: f32) -> String {
-    let [red, green, blue] = [24.0, 62.0, 120.0].map(|dark| (255.0 + (dark - 255.0) * share).round() as u8);
-    format!("#{red:02x}{green:02x}{blue:02x}")
+fn color(share: f32) -> [u8; 3] {
+    [24.0, 62.0, 120.0].map(|dark| (255.0 + (dark - 255.0) * share).round() as u8)
 }
 
 #[cfg(test)]
@@ -160,12 +211,13 @@ mod tests {
     #[test]
     fn a_picture_shows_points_and_tiles() {
         let extent = Extent { batch: 1, heads: 1, seq_q: 4, seq_kv: 4 };
-        let drawn = svg(&Mask::causal(), extent, TileSize { bq: 2, bk: 2 }, 0, 0).unwrap();
+        let drawn = Picture::new(&Mask::causal(), extent, TileSize { bq: 2, bk: 2 }, 0, 0).unwrap().svg();
         // Points: a run in each of four rows. Tiles: a Partial one, and in the second row a Full and a Partial one.
         assert_eq!(count(&drawn, r##"fill="#183e78""##), 4 + 1);
         assert_eq!(count(&drawn, r##"fill="#f0a830""##), 2);
         assert!(drawn.contains("1 full and 2 partial blocks") && drawn.ends_with("</svg>\n"));
-        let empty = svg(&Mask::Nothing, Extent { seq_q: 0, ..extent }, TileSize { bq: 2, bk: 2 }, 0, 0).unwrap();
+        let empty = Extent { seq_q: 0, ..extent };
+        let empty = Picture::new(&Mask::Nothing, empty, TileSize { bq: 2, bk: 2 }, 0, 0).unwrap().svg();
         assert_eq!(count(&empty, "<rect"), 3);
     }
 

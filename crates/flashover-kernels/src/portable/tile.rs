@@ -245,12 +245,17 @@ pub(crate) fn product_scores<E: Float>(
 ) {
     let (ty, tx) = unit_place(tile);
     let mut sums = Array::<V4>::new(LANES);
+    let mut sum = Array::<V4>::new(LANES); // of this chunk: short sums lose less to rounding than one long one
     #[unroll]
     for c in 0..LANES {
         sums[c] = V4::new(0.0f32);
     }
     let mut d = 0u32;
     while d < from_a.dim {
+        #[unroll]
+        for c in 0..LANES {
+            sum[c] = V4::new(0.0f32);
+        }
         sync_cube();
         load_transposed::<E>(a, from_a, row_a, d, stage, 0usize, tile.row_units, tile);
         load_transposed::<E>(b, from_b, row_b, d, stage, tile.stage_cols(), tile.col_units, tile);
@@ -264,9 +269,13 @@ pub(crate) fn product_scores<E: Float>(
                 let y = stage[comptime!(tile.stage_cols()) + dd * comptime!(tile.col_units + 1) + tx as usize];
                 #[unroll]
                 for c in 0..LANES {
-                    sums[c] += x * V4::new(y.extract(c));
+                    sum[c] += x * V4::new(y.extract(c));
                 }
             }
+        }
+        #[unroll]
+        for c in 0..LANES {
+            sums[c] += sum[c];
         }
         d += comptime!(tile.depth as u32);
     }
