@@ -18,13 +18,13 @@ impl<T: Transport> Rank<'_, T> {
         let (name, spec) = (self.pass.program.tensor(cache).name, self.pass.spec(cache).clone());
         let spread = is_spread(self.pass.spec(new), &spec);
         let block = self.owner[cache];
-        let old = self.state.take_cache(name, self.layer);
-        let (old, mut positions) = match old {
-            Some(old) if old.spec != spec => {
-                return Err(ShardError::field(format!("rank {}: {name}", self.rank), old.spec, spec));
-            }
-            Some(old) => (Some(old.tensor), old.positions),
-            None => (None, vec![Vec::new(); self.pass.mesh.group_size(spec.axes(Dim::M))?]),
+        let old = self.state.cache(name, self.layer);
+        if let Some(old) = old.filter(|old| old.spec != spec) {
+            return Err(ShardError::field(format!("rank {}: {name}", self.rank), old.spec.to_string(), spec));
+        }
+        let mut positions = match old {
+            Some(old) => old.positions.clone(),
+            None => vec![Vec::new(); self.pass.mesh.group_size(spec.axes(Dim::M))?],
         };
         let held = positions.iter().map(Vec::len).sum::<usize>();
         if held != self.pass.past {
@@ -39,6 +39,7 @@ impl<T: Transport> Rank<'_, T> {
             vec![x.clone()]
         };
         grow(&mut positions, self.pass.past, self.pass.sizes.get(Dim::L), spread);
+        let old = old.map(|old| old.tensor.clone());
         let parts: Vec<_> = old.into_iter().chain(mine).filter(|part| part.dims()[1] > 0).collect();
         let tensor = match parts.len() {
             // A part of the cache that no token has come to yet.
@@ -59,30 +60,24 @@ impl<T: Transport> Rank<'_, T> {
         let [queries, keys, values] = [self.get(q)?, self.get(k)?, self.get(v)?];
         let [batch, length, heads, _] = queries.dims();
         let first = self.pass.past + self.pass.starts[q][self.rank][1];
-        let seen = self.seen(k, first, length)?;
-        let (o, sums) = match seen {
-            Seen::Nothing => {
-                let like = (&self.device, queries.dtype());
-                let sums = Tensor::full([batch, length, heads, 1], f32::NEG_INFINITY, like);
-                (Tensor::zeros(queries.dims(), like), Some(sums))
-            }
-            Seen::Keys { count, options } => {
-                let local = |x: Tensor<4>| {
-                    let x = if count < x.dims()[1] { x.narrow(1, 0, count) } else { x };
-                    self.heads(x.swap_dims(1, 2), q, k)
-                };
-                let (queries, keys, values) = (queries.swap_dims(1, 2), local(keys), local(values));
-                let refused = |error| ShardError::Attention { rank: self.rank, error };
-                match lse {
-                    None => {
-                        let o = attention(queries, keys, values, &options).map_err(refused)?;
-                        (o.swap_dims(1, 2), None)
-                    }
-                    Some(_) => {
-                        let (o, sums) = attention_with_lse(queries, keys, values, &options).map_err(refused)?;
-                        (o.swap_dims(1, 2), Some(sums.swap_dims(1, 2).reshape([batch, length, heads, 1])))
-                    }
-                }
+        let Seen { count, causal } = self.seen(k, first, length)?;
+        let (o, sums) = if count == 0 {
+            let like = (&self.device, queries.dtype());
+            let sums = Tensor::full([batch, length, heads, 1], f32::NEG_INFINITY, like);
+            (Tensor::zeros(queries.dims(), like), Some(sums))
+        } else {
+            let local = |x: Tensor<4>| {
+                let x = if count < x.dims()[1] { x.narrow(1, 0, count) } else { x };
+                self.heads(x.swap_dims(1, 2), q, k)
+            };
+            let (queries, keys, values) = (queries.swap_dims(1, 2), local(keys), local(values));
+            let options = if causal { AttentionOptions::new().causal() } else { AttentionOptions::new() };
+            let refused = |error| ShardError::Attention { rank: self.rank, error };
+            if lse.is_some() {
+                let (o, sums) = attention_with_lse(queries, keys, values, &options).map_err(refused)?;
+                (o.swap_dims(1, 2), Some(sums.swap_dims(1, 2).reshape([batch, length, heads, 1])))
+            } else {
+                (attention(queries, keys, values, &options).map_err(refused)?.swap_dims(1, 2), None)
             }
         };
         self.put(output, o)?;
@@ -100,16 +95,12 @@ impl<T: Transport> Rank<'_, T> {
         let positions = &cache.positions[self.owner[k]];
         let see: Vec<usize> = (first..first + length).map(|at| positions.partition_point(|&m| m <= at)).collect();
         let count = see[length - 1];
-        Ok(if count == 0 {
-            Seen::Nothing
-        } else if see[0] == count {
-            Seen::Keys { count, options: AttentionOptions::new() }
-        } else if see.iter().enumerate().all(|(i, &n)| n + length == count + 1 + i) {
-            Seen::Keys { count, options: AttentionOptions::new().causal() }
-        } else {
+        let causal = see[0] != count;
+        if causal && !see.iter().enumerate().all(|(i, &n)| n + length == count + 1 + i) {
             // No program makes such keys: new tokens are consecutive, and all others came before them.
             return Err(ShardError::field(format!("rank {}: {name}", self.rank), "keys in causal order", "gaps"));
-        })
+        }
+        Ok(Seen { count, causal })
     }
 
     /// The key heads `[B, K, M, Q]` that the rank's query heads read, so that they fall into equal groups.
@@ -169,14 +160,10 @@ impl<T: Transport> Rank<'_, T> {
     }
 }
 
-/// Keys that a block of queries sees.
-enum Seen {
-    Nothing,
-    /// Of the first `count` keys, those that the options leave.
-    Keys {
-        count: usize,
-        options: AttentionOptions,
-    },
+/// Keys that a block of queries sees: the first `count` that the rank holds, all queries all of them or in causal order.
+struct Seen {
+    count: usize,
+    causal: bool,
 }
 
 /// `−∞` replaced by 0, so that a difference to it is `−∞` and not NaN.

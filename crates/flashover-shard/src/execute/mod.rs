@@ -17,7 +17,7 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::architecture::Architecture;
 use crate::error::ShardError;
-use crate::mesh::Mesh;
+use crate::mesh::{Axis, Mesh};
 use crate::program::{Collective, Move, Op, Program, Role, Step, TensorId};
 use crate::spec::{Dim, Sizes, Spec};
 use crate::transport::{Key, Ledger, Reduction, Section, Transport, bytes};
@@ -144,14 +144,14 @@ pub(crate) fn move_cache<T: Transport>(
     pass: &Pass,
     transport: T,
     state: &mut State,
-    moved: &[(&'static str, TensorId)],
+    moved: [(&'static str, TensorId); 2],
     positions: &[Vec<usize>],
 ) -> Result<Ledger, ShardError> {
     let mut rank = Rank::new(pass, transport, state)?;
     for layer in 0..pass.model.layers {
         rank.layer = layer;
         rank.section(Section::Layer)?;
-        for &(name, id) in moved {
+        for (name, id) in moved {
             let tensor = rank.get(id)?;
             let spec = pass.spec(id).clone();
             rank.state.set_cache(name, layer, Cache { spec, tensor, positions: positions.to_vec() });
@@ -300,12 +300,7 @@ impl<'a, T: Transport> Rank<'a, T> {
         Err(ShardError::field(field, expected, format!("{found:?} of {:?}, {} bytes", tensor.dtype(), bytes(tensor))))
     }
 
-    fn collective(
-        &mut self,
-        kind: Collective,
-        axes: &[crate::mesh::Axis],
-        Move { input, output }: Move,
-    ) -> Result<(), ShardError> {
+    fn collective(&mut self, kind: Collective, axes: &[Axis], Move { input, output }: Move) -> Result<(), ShardError> {
         let x = self.get(input)?;
         let group = self.pass.mesh.group(self.rank, axes)?;
         let made = match kind {

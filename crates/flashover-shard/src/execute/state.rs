@@ -68,10 +68,6 @@ impl State {
         self.caches.get(&(name, layer))
     }
 
-    pub(super) fn take_cache(&mut self, name: &'static str, layer: usize) -> Option<Cache> {
-        self.caches.remove(&(name, layer))
-    }
-
     pub(super) fn set_cache(&mut self, name: &'static str, layer: usize, cache: Cache) {
         self.caches.insert((name, layer), cache);
     }

@@ -207,7 +207,7 @@ impl ShardedModel {
     ///
     /// # Errors
     ///
-    /// As [`pass`](Self::pass).
+    /// As [`pass`](Self::pass), and if its steps do not fit together.
     pub fn run<T: Transport + Send>(
         &mut self,
         (program, sizes): (Program, Sizes),
@@ -234,6 +234,7 @@ impl ShardedModel {
             ));
         }
         same_weights((&self.stored.0, &self.stored.1), (&program, &sizes), "program")?;
+        program.validate()?;
         let memory = Counter::new(&program, &self.mesh, self.model.layers).memory(&sizes, &Precision::f32())?;
         let pass = Pass::new(&self.model, (&program, &sizes), &self.mesh, tokens, self.past)?;
         let outcomes = on_every_rank(ends, &mut self.states, |end, state| run(&pass, end, state))?;

@@ -11,6 +11,9 @@ use crate::spec::{Dim, Sizes, Spec};
 use crate::transport::{Row, Simulated, rows};
 use crate::workload::Workload;
 
+/// Names of keys and values in every layout's program.
+const CACHES: [&str; 2] = ["k.cache", "v.cache"];
+
 /// Names of keys and values after each stage; three axes leave at most one by one, then comes a split.
 const NAMES: [[&str; 2]; 4] =
     [["k.moved.1", "v.moved.1"], ["k.moved.2", "v.moved.2"], ["k.moved.3", "v.moved.3"], ["k.moved.4", "v.moved.4"]];
@@ -24,7 +27,7 @@ impl ShardedModel {
     /// If there is no cache yet, a dimension does not divide, or a block would hold its positions out of order (tokens
     /// that were dealt out one by one).
     pub fn reshard_cache(&mut self, decode: Layout) -> Result<Vec<Row>, ShardError> {
-        let cache = self.states[0].cache("k.cache", 0);
+        let cache = self.states[0].cache(CACHES[0], 0);
         let cache = cache.ok_or_else(|| ShardError::field("cache", "one that prefill left", "none"))?;
         let (from, mut positions) = (cache.spec.clone(), cache.positions.clone());
         let by = self.mesh.group_size(from.axes(Dim::B))?;
@@ -41,27 +44,29 @@ impl ShardedModel {
             positions = regroup(&positions, &self.mesh, &to)?;
         }
         let (program, moved) = program_of(&from, &stages)?;
-        self.move_cache((&program, &sizes), &moved, &positions)
+        self.move_cache((&program, &sizes), moved, &positions)
     }
 
     fn move_cache(
         &mut self,
         (program, sizes): (&Program, &Sizes),
-        moved: &[(&'static str, TensorId)],
+        moved: [TensorId; 2],
         positions: &[Vec<usize>],
     ) -> Result<Vec<Row>, ShardError> {
         let pass = Pass::without_tokens(&self.model, (program, sizes), &self.mesh, self.past)?;
         let ends = Simulated::ends(&self.mesh);
-        let run = |end, state: &mut _| move_cache(&pass, end, state, moved, positions);
+        let run = |end, state: &mut _| {
+            move_cache(&pass, end, state, [(CACHES[0], moved[0]), (CACHES[1], moved[1])], positions)
+        };
         let ledgers = on_every_rank(ends, &mut self.states, run)?;
         rows(program, &self.mesh, sizes, self.model.layers, &ledgers)
     }
 }
 
 /// The stages as the steps of a block, and which tensor each cache becomes.
-fn program_of(from: &Spec, stages: &[Stage]) -> Result<(Program, Vec<(&'static str, TensorId)>), ShardError> {
+fn program_of(from: &Spec, stages: &[Stage]) -> Result<(Program, [TensorId; 2]), ShardError> {
     let tensor = |name, spec: &Spec, role| Tensor { name, spec: spec.clone(), role, storage: Storage::Cache };
-    let mut tensors: Vec<_> = ["k.cache", "v.cache"].map(|name| tensor(name, from, Role::Cache)).to_vec();
+    let mut tensors: Vec<_> = CACHES.map(|name| tensor(name, from, Role::Cache)).to_vec();
     let mut layer = Vec::new();
     let names =
         NAMES.get(..stages.len()).ok_or_else(|| ShardError::field("reshard", "at most 4 stages", stages.len()))?;
@@ -80,8 +85,7 @@ fn program_of(from: &Spec, stages: &[Stage]) -> Result<(Program, Vec<(&'static s
         layer.extend(ops.into_iter().map(|op| Step { part: Part::Attention, op }));
     }
     let last = tensors.len() - 2;
-    let moved = vec![("k.cache", last), ("v.cache", last + 1)];
-    Ok((Program { tensors, embed: Vec::new(), layer, head: Vec::new() }, moved))
+    Ok((Program { tensors, embed: Vec::new(), layer, head: Vec::new() }, [last, last + 1]))
 }
 
 /// Positions of the blocks along `M` after a move: what lies one after the other is cut anew.

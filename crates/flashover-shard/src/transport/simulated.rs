@@ -9,15 +9,10 @@ use super::{Reduction, Traffic, Transport, bytes};
 use crate::error::ShardError;
 use crate::mesh::{Axis, Mesh};
 
-enum Message {
-    Data {
-        from: usize,
-        tensor: Tensor<4>,
-    },
-    /// The rank's end is dropped: nothing comes from it any more.
-    Stopped {
-        from: usize,
-    },
+struct Message {
+    from: usize,
+    /// `None` when the rank's end is dropped: nothing comes from it any more.
+    tensor: Option<Tensor<4>>,
 }
 
 /// The ranks of a group in order, and which of them is this one.
@@ -76,7 +71,7 @@ impl Simulated {
 
     fn send(&mut self, to: usize, tensor: Tensor<4>) -> Result<(), ShardError> {
         let size = bytes(&tensor);
-        let message = Message::Data { from: self.rank, tensor };
+        let message = Message { from: self.rank, tensor: Some(tensor) };
         self.peers[to].send(message).map_err(|_| ShardError::Stopped { rank: self.rank, peer: to })?;
         self.traffic.sent += size;
         Ok(())
@@ -103,8 +98,8 @@ impl Simulated {
                 return Err(ShardError::Stopped { rank: self.rank, peer });
             }
             match self.mailbox.recv() {
-                Ok(Message::Data { from, tensor }) => self.early[from].push_back(tensor),
-                Ok(Message::Stopped { from }) => self.stopped[from] = true,
+                Ok(Message { from, tensor: Some(tensor) }) => self.early[from].push_back(tensor),
+                Ok(Message { from, tensor: None }) => self.stopped[from] = true,
                 Err(_) => return Err(ShardError::Stopped { rank: self.rank, peer }),
             }
         }
@@ -234,7 +229,7 @@ impl Drop for Simulated {
     fn drop(&mut self) {
         for peer in &self.peers {
             // Who has stopped already does not need to know.
-            let _ = peer.send(Message::Stopped { from: self.rank });
+            let _ = peer.send(Message { from: self.rank, tensor: None });
         }
     }
 }

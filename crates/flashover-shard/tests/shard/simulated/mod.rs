@@ -5,6 +5,7 @@ mod case;
 mod faults;
 mod oracle;
 mod random;
+mod refused;
 
 use case::{Case, check, kinds, pairs};
 use flashover_shard::architecture::Block;
