@@ -110,37 +110,45 @@ pub fn small(model: &Architecture, mesh: &Mesh) -> Result<Architecture, ShardErr
     })
 }
 
-/// Runs a [`small`] model under `layout`: a prompt, then token by token with the likeliest token each time. Attention over
-/// the sequence decodes under the 2D weight-stationary layout where weights are gathered, because one token cannot be
-/// sharded.
+/// The layout that decodes after a prefill under `layout` if none is asked for: itself; where weights are gathered and the
+/// sequence is sharded, the 2D weight-stationary one, because one token cannot be sharded.
+pub fn decoding_after(layout: Layout) -> Layout {
+    let stationary = matches!(layout.weights, WeightLayout::Stationary1D | WeightLayout::Stationary2D);
+    let ring = layout.attention == AttentionLayout::Sequence;
+    let weights = if ring && !stationary { WeightLayout::Stationary2D } else { layout.weights };
+    Layout { weights, ..layout }
+}
+
+/// Runs a [`small`] model: a prompt under one layout, then token by token under another, with the likeliest token each
+/// time. The cache moves in between, if it lies otherwise.
 ///
 /// # Errors
 ///
-/// As [`small`], and if a dimension does not divide or the run fails.
+/// As [`small`], and if the layouts store weights differently, a dimension does not divide or the run fails.
 pub fn simulate(
     model: &Architecture,
     mesh: &Mesh,
-    layout: Layout,
+    (prefill, decode): (Layout, Layout),
     seed: u64,
     device: &Device,
 ) -> Result<Simulation, ShardError> {
     let small = small(model, mesh)?;
-    let ring = layout.attention == AttentionLayout::Sequence;
-    let stationary = matches!(layout.weights, WeightLayout::Stationary1D | WeightLayout::Stationary2D);
-    let weights = if ring && !stationary { WeightLayout::Stationary2D } else { layout.weights };
-    let decode = Layout { weights, ..layout };
+    let layouts = [prefill, decode];
+    let ring = layouts.iter().any(|layout| layout.attention == AttentionLayout::Sequence);
     let prompt = if ring { 8_usize.next_multiple_of(mesh.chips()) } else { 8 };
-    let mut sharded =
-        ShardedModel::new(small.clone(), mesh.clone(), &[layout, decode], seed, prompt + GENERATED, device)?;
-    let unit = layout.batch_unit(&small, mesh, Phase::Prefill, sharded.options())?;
+    let mut sharded = ShardedModel::new(small.clone(), mesh.clone(), &layouts, seed, prompt + GENERATED, device)?;
+    let unit = |layout: Layout| layout.batch_unit(&small, mesh, Phase::Prefill, sharded.options());
+    // Both are products of axes; where neither divides the other, all chips do for both.
+    let (a, b) = (unit(prefill)?, unit(decode)?);
+    let unit = if a.max(b).is_multiple_of(a.min(b)) { a.max(b) } else { mesh.chips() };
     let batch = 2_usize.next_multiple_of(unit);
     let unsharded = Unsharded::new(small.clone(), seed, device)?;
     let token = |b: usize, l: usize| ((b * 31 + l * l * 7 + l + seed as usize % 97) % small.vocabulary) as u32;
     let mut tokens: Vec<Vec<u32>> = (0..batch).map(|b| (0..prompt).map(|l| token(b, l)).collect()).collect();
 
-    let found = sharded.prefill(layout, &tokens, prompt)?;
+    let found = sharded.prefill(prefill, &tokens, prompt)?;
     let expected = unsharded.logits(&tokens)?;
-    let mut phases = vec![run_of(Phase::Prefill, layout, &found, &expected)?];
+    let mut phases = vec![run_of(Phase::Prefill, prefill, &found, &expected)?];
     let moved = sharded.reshard_cache(decode)?;
     let mut all: Option<PhaseRun> = None;
     let mut next = greedy(&expected);

@@ -5,8 +5,9 @@ use std::io::Write;
 use burn::tensor::Device;
 use flashover_shard::ShardError;
 use flashover_shard::architecture::Architecture;
+use flashover_shard::layout::WeightLayout;
 use flashover_shard::planner::{Plan, Query};
-use flashover_shard::simulate::{PhaseRun, Simulation, TOLERANCE, simulate};
+use flashover_shard::simulate::{PhaseRun, Simulation, TOLERANCE, decoding_after, simulate};
 use flashover_shard::transport::{Row, Section};
 use flashover_shard::workload::Phase;
 
@@ -15,17 +16,28 @@ use super::PlanError;
 /// Seed of weights and prompts.
 const SEED: u64 = 1;
 
-/// Runs the fastest plan of each phase; plans that share layout and mesh are run once.
+/// Runs the fastest plan of each phase: prefill, then decoding, if they share mesh and stored weights; each with its own
+/// prefill and decoding otherwise.
 ///
 /// # Errors
 ///
 /// If a small model of the layout cannot be made or run.
 pub fn run(query: &Query, points: &[(Phase, Vec<&Plan>)]) -> Result<Vec<Simulation>, ShardError> {
-    let mut chosen: Vec<_> =
-        points.iter().filter_map(|(_, plans)| plans.first()).map(|plan| (plan.layout(), &plan.mesh)).collect();
-    chosen.dedup();
+    let fastest: Vec<_> = points.iter().filter_map(|(_, plans)| plans.first().copied()).collect();
+    let runs = match fastest[..] {
+        [prefill, decode] if prefill.mesh == decode.mesh && share_weights(prefill, decode) => {
+            vec![(&prefill.mesh, (prefill.layout(), decode.layout()))]
+        }
+        _ => fastest.iter().map(|plan| (&plan.mesh, (plan.layout(), decoding_after(plan.layout())))).collect(),
+    };
     let device = Device::flex();
-    chosen.into_iter().map(|(layout, mesh)| simulate(&query.model, mesh, layout, SEED, &device)).collect()
+    runs.into_iter().map(|(mesh, layouts)| simulate(&query.model, mesh, layouts, SEED, &device)).collect()
+}
+
+/// Whether two plans store weights alike: all do but the one-dimensional layout.
+fn share_weights(a: &Plan, b: &Plan) -> bool {
+    let one_dimensional = |plan: &Plan| plan.weight_layout == WeightLayout::Stationary1D;
+    one_dimensional(a) == one_dimensional(b)
 }
 
 /// Writes bytes and logits of every run.

@@ -3,10 +3,10 @@
 use burn::tensor::{Device, Tensor};
 use flashover_shard::ShardError;
 use flashover_shard::architecture::{Architecture, Block, Mlp, Nonlinearity, Norm};
-use flashover_shard::layout::{AttentionLayout, Layout, WeightLayout};
+use flashover_shard::layout::Layout;
 use flashover_shard::mesh::Mesh;
 use flashover_shard::model::{Output, ShardedModel, Unsharded, greedy};
-use flashover_shard::simulate::{TOLERANCE, difference};
+use flashover_shard::simulate::{TOLERANCE, decoding_after, difference};
 use flashover_shard::spec::Dim;
 
 pub const SEED: u64 = 11;
@@ -38,12 +38,7 @@ pub fn kinds() -> Vec<(usize, usize, Block)> {
 
 /// Every layout, with the one that decodes after it: itself, if one token can be sharded as it wants.
 pub fn pairs() -> impl Iterator<Item = (Layout, Layout)> {
-    Layout::all().map(|layout| {
-        let ring = layout.attention == AttentionLayout::Sequence;
-        let gathered = !layout.weights.name().ends_with("stationary");
-        let weights = if ring && gathered { WeightLayout::Stationary2D } else { layout.weights };
-        (layout, Layout { weights, ..layout })
-    })
+    Layout::all().map(|layout| (layout, decoding_after(layout)))
 }
 
 pub fn tokens(batch: usize, length: usize) -> Vec<Vec<u32>> {

@@ -40,7 +40,8 @@ fn models_and_meshes() {
     assert!(message(small_of(&palm, &"64x64x1".parse().unwrap())).starts_with("mesh: expected at most 1024"));
     let mesh = "x=2,y=2".parse().unwrap();
     assert!(
-        message(simulate(&palm, &mesh, HEADS, 1, &Device::flex())).starts_with("mesh: expected the axes x, y and z")
+        message(simulate(&palm, &mesh, (HEADS, HEADS), 1, &Device::flex()))
+            .starts_with("mesh: expected the axes x, y and z")
     );
 }
 
