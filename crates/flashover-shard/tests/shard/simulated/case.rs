@@ -52,11 +52,16 @@ pub struct Case {
     pub prompt: Vec<Vec<u32>>,
     pub logits: Tensor<3>,
     pub generated: usize,
+    pub device: Device,
 }
 
 impl Case {
     pub fn new(model: Architecture, batch: usize, length: usize, generated: usize) -> Self {
-        let unsharded = Unsharded::new(model.clone(), SEED, &Device::flex()).unwrap();
+        Case::on(Device::flex(), model, batch, length, generated)
+    }
+
+    pub fn on(device: Device, model: Architecture, batch: usize, length: usize, generated: usize) -> Self {
+        let unsharded = Unsharded::new(model.clone(), SEED, &device).unwrap();
         let prompt: Vec<Vec<u32>> = tokens(batch, length)
             .into_iter()
             .map(|sequence| sequence.into_iter().map(|token| token % model.vocabulary as u32).collect())
@@ -67,19 +72,18 @@ impl Case {
             all.iter_mut().zip(next).for_each(|(sequence, token)| sequence.push(token));
         }
         let logits = unsharded.logits(&all).unwrap();
-        Case { model, prompt, logits, generated }
+        Case { model, prompt, logits, generated, device }
     }
 }
 
 /// Runs a prompt under one layout and generates under another; each rank's logits, tokens, memory and bytes are compared.
 /// Gives whether the cache had to move in between.
 pub fn check(case: &Case, mesh: &Mesh, prefill: Layout, decode: Layout) -> Result<bool, ShardError> {
-    let Case { model, prompt, logits, generated } = case;
+    let Case { model, prompt, logits, generated, device } = case;
     let (batch, length) = (prompt.len(), prompt[0].len());
     let name = format!("{prefill} then {decode} on {mesh}, {model:?}, batch {batch}, prompt {length}");
     let positions = length + generated;
-    let mut sharded =
-        ShardedModel::new(model.clone(), mesh.clone(), &[prefill, decode], SEED, positions, &Device::flex())?;
+    let mut sharded = ShardedModel::new(model.clone(), mesh.clone(), &[prefill, decode], SEED, positions, device)?;
     let output = sharded.prefill(prefill, prompt, length)?;
     compare(&format!("prefill of {name}"), &output, &logits.clone().narrow(1, 0, length));
     holds(&name, &sharded, &output, mesh);

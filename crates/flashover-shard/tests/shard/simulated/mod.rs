@@ -76,6 +76,20 @@ fn prefill_and_decoding_share_weights_and_cache() {
     }
 }
 
+/// Another backend than Flex, whose attention is composed of its own operations.
+#[cfg(feature = "ndarray")]
+#[test]
+#[allow(deprecated)] // Burn deprecates it; as long as it has it, it is tested.
+fn another_backend() {
+    for (heads, kv_heads, block) in [(8, 2, Block::Serial), (8, 1, Block::Parallel)] {
+        let device = burn::tensor::Device::ndarray();
+        let case = Case::on(device, case::small(heads, kv_heads, block), 8, 8, 2);
+        for (prefill, decode) in pairs() {
+            check(&case, &"2x2x2".parse().unwrap(), prefill, decode).unwrap();
+        }
+    }
+}
+
 /// Prefill under any attention layout, decoding under any other: the cache moves through the transport.
 #[test]
 fn a_cache_moves_to_where_decoding_reads_it() {
