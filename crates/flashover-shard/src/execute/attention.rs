@@ -7,7 +7,7 @@ use flashover::{AttentionOptions, attention, attention_with_lse};
 use super::Rank;
 use super::state::{Cache, grow, is_spread};
 use crate::error::ShardError;
-use crate::program::TensorId;
+use crate::program::{Role, TensorId};
 use crate::spec::Dim;
 use crate::transport::Transport;
 
@@ -86,11 +86,9 @@ impl<T: Transport> Rank<'_, T> {
 
     /// Which of the keys the queries at positions `first .. first + length` see.
     fn seen(&self, k: TensorId, first: usize, length: usize) -> Result<Seen, ShardError> {
-        let name = match self.pass.program.tensor(k).name {
-            // A ring passes copies on; the positions are those of the cache that they come from.
-            "k.held" | "k.sent" => "k.cache",
-            name => name,
-        };
+        // A ring passes copies on; their positions are those of the cache that they come from. Keys and values agree.
+        let of_cache = self.pass.program.of_role(Role::Cache).next();
+        let name = of_cache.map_or("cache", |(_, tensor)| tensor.name);
         let cache = self.state.cache(name, self.layer).ok_or_else(|| ShardError::field(name, "a cache", "none"))?;
         let positions = &cache.positions[self.owner[k]];
         let see: Vec<usize> = (first..first + length).map(|at| positions.partition_point(|&m| m <= at)).collect();

@@ -163,7 +163,8 @@ impl ShardedModel {
         &self.states
     }
 
-    /// Processes tokens `B` sequences of `L`, and scores the last `scored` of each.
+    /// Processes `B` sequences of `L` tokens each, and gives the logits of the last `scored` of each. A run that fails after
+    /// it has begun leaves a cache that no later one accepts.
     ///
     /// # Errors
     ///
