@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use flashover_kernels::block_plan::picture::Picture;
-use flashover_kernels::block_plan::{BlockPlan, TileSize};
-use flashover_kernels::mask::{Extent, Mask, MaskError};
+use flashover::kernels::block_plan::picture::Picture;
+use flashover::kernels::block_plan::{BlockPlan, TileSize};
+use flashover::kernels::mask::{Extent, Mask, MaskError};
 
 use expression::ExpressionError;
 

@@ -3,6 +3,7 @@
 mod arguments;
 mod output;
 mod plot;
+mod simulation;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -41,6 +42,9 @@ pub enum PlanError {
     /// No candidate fits.
     #[error("no layout fits: {0}")]
     NothingFits(String),
+    /// A simulated run is not what was planned.
+    #[error("simulation: {0}")]
+    Simulation(String),
 }
 
 /// Runs the subcommand.
@@ -57,13 +61,15 @@ pub fn run(arguments: &Arguments) -> Result<(), PlanError> {
     if points.iter().all(|(_, plans)| plans.is_empty()) {
         return Err(PlanError::NothingFits(output::nearest(&query, &sweep)));
     }
+    let simulations = if arguments.simulate { simulation::run(&query, &points)? } else { Vec::new() };
     let mut out = io::stdout().lock();
     if arguments.json {
-        output::json(&mut out, &query, &sweep, &points, seconds)?;
+        output::json(&mut out, &query, (&sweep, &points), &simulations, seconds)?;
     } else if arguments.csv {
         output::csv(&mut out, &sweep)?;
     } else {
         output::table(&mut out, &query, &sweep, &points, seconds)?;
+        simulation::table(&mut out, &simulations)?;
     }
     if arguments.why {
         output::reasons(&mut out, &query, &sweep, &points)?;
@@ -75,7 +81,7 @@ pub fn run(arguments: &Arguments) -> Result<(), PlanError> {
         }
     }
     out.flush()?;
-    Ok(())
+    simulation::verdict(&simulations)
 }
 
 /// The sweep, with a bar on standard error if that is a terminal. It shows itself only when there is time to look at it.

@@ -131,6 +131,28 @@ fn a_model_and_a_chip_come_from_files() {
 }
 
 #[test]
+fn simulated_bytes_and_logits_are_those_of_the_plan() {
+    let arguments = "--model palm-8b --hardware tpu-v4 --mesh 2x2x2 --batch 8,64 --weights int8 --simulate";
+    let out = text(arguments);
+    assert!(out.contains("simulated in f32 on x=2,y=2,z=2: small-palm-8b of 2 blocks"), "{out}");
+    assert!(out.contains("largest logit difference from the unsharded model: "), "{out}");
+    assert!(!out.contains("tokens differ"), "{out}");
+    let json: serde_json::Value = serde_json::from_str(&text(&format!("{arguments} --json"))).unwrap();
+    let phases: Vec<_> =
+        json["simulations"].as_array().unwrap().iter().flat_map(|one| one["phases"].as_array().unwrap()).collect();
+    assert!(phases.len() >= 2);
+    for phase in phases {
+        assert!(phase["difference"].as_f64().unwrap() <= 1e-5 && phase["same_tokens"] == true, "{phase}");
+        let rows = phase["rows"].as_array().unwrap();
+        assert!(rows.iter().any(|row| row["section"] == "layer" && row["predicted_payload"].as_u64() > Some(0)));
+        for row in rows {
+            let (payload, sent) = (&row["predicted_payload"], &row["predicted_sent"]);
+            assert!([&row["least"], &row["most"]].iter().all(|of| of["payload"] == *payload && of["sent"] == *sent));
+        }
+    }
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (arguments, expected) in [
         ("--model palm-540 --hardware tpu-v4", "did you mean `palm-540b`?"),
@@ -150,6 +172,11 @@ fn what_is_wrong_is_named() {
         ),
         ("--model palm-540b --hardware tpu-v4 --input 0", "tokens: expected 1 to"),
         ("--model ./none.json --hardware tpu-v4", "./none.json: "),
+        (
+            "--model palm-540b --hardware tpu-v4 --mesh 16x16x8 --batch 512 --simulate",
+            "mesh: expected at most 1024 logical chips, got 2048",
+        ),
+        ("--model palm-540b --hardware tpu-v4 --mesh 4x4x4 --simulate --csv", "cannot be used with"),
         (
             "--model palm-540b --hardware tpu-v4 --mesh 4x4x4 --phase decode --batch 16 --layout 2d-weight-stationary/batch",
             "batch: expected a multiple of 64",

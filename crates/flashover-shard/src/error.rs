@@ -121,6 +121,22 @@ pub enum ShardError {
         /// Of them keys and values.
         cache: u64,
     },
+    /// A rank waits for another that has failed or ended.
+    #[error("rank {rank}: expected a tensor of rank {peer}, got none, because that rank has stopped")]
+    Stopped {
+        /// The rank that waits.
+        rank: usize,
+        /// The rank that has stopped.
+        peer: usize,
+    },
+    /// Attention on a rank was refused.
+    #[error("rank {rank}: {error}")]
+    Attention {
+        /// The rank.
+        rank: usize,
+        /// Why.
+        error: flashover::AttentionError,
+    },
     /// Text in a file format that does not parse.
     #[error("{what}: {message}")]
     Parse {

@@ -26,6 +26,8 @@ pub enum Storage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WeightType {
+    /// 32 bits: what simulated meshes compute with. Not among [`ALL`](Self::ALL), because nobody serves large models in it.
+    F32,
     /// 16 bits.
     Bf16,
     /// 8 bits; scales are not counted.
@@ -35,21 +37,23 @@ pub enum WeightType {
 }
 
 impl WeightType {
-    /// All of them.
+    /// Those that are planned with.
     pub const ALL: [WeightType; 3] = [WeightType::Bf16, WeightType::Int8, WeightType::Int4];
 
     /// Bits of an element.
     pub const fn bits(self) -> u64 {
         match self {
+            WeightType::F32 => 32,
             WeightType::Bf16 => 16,
             WeightType::Int8 => 8,
             WeightType::Int4 => 4,
         }
     }
 
-    /// `bf16`, `int8` or `int4`.
+    /// `f32`, `bf16`, `int8` or `int4`.
     pub const fn name(self) -> &'static str {
         match self {
+            WeightType::F32 => "f32",
             WeightType::Bf16 => "bf16",
             WeightType::Int8 => "int8",
             WeightType::Int4 => "int4",
@@ -90,6 +94,11 @@ impl Precision {
     /// bf16 activations and cache, these weights, nothing compressed.
     pub const fn new(weights: WeightType) -> Self {
         Precision { weights, activation_bits: 16, cache_bits: 16, compressed: false }
+    }
+
+    /// f32 everywhere, nothing compressed: what an executor without quantization holds and moves.
+    pub const fn f32() -> Self {
+        Precision { weights: WeightType::F32, activation_bits: 32, cache_bits: 32, compressed: false }
     }
 
     /// Bits of an element at rest.

@@ -409,6 +409,17 @@ impl Program {
         self.layer.iter().any(|step| step.op.inputs().contains(&id) || step.op.outputs().contains(&id))
     }
 
+    /// Steps in order, those of a repeat in its place and once: what numbers them.
+    pub fn flat(steps: &[Step]) -> Vec<&Step> {
+        fn flat(step: &Step) -> Vec<&Step> {
+            match &step.op {
+                Op::Repeat { body, .. } => Program::flat(body),
+                _ => vec![step],
+            }
+        }
+        steps.iter().flat_map(flat).collect()
+    }
+
     /// Checks that every tensor fits the mesh and the sizes.
     ///
     /// # Errors

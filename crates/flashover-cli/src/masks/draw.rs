@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use flashover_kernels::block_plan::picture::{Picture, Rectangle};
+use flashover::kernels::block_plan::picture::{Picture, Rectangle};
 use plotters::prelude::{BLACK, BitMapBackend, Color, IntoDrawingArea, IntoFont, RGBColor, Text, WHITE};
 
 use super::MasksError;

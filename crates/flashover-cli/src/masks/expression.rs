@@ -6,7 +6,7 @@
 //! one     = "!" one | "(" either ")" | name [ ":" number { "," number } ]
 //! ```
 
-use flashover_kernels::mask::{Extent, Mask};
+use flashover::kernels::mask::{Extent, Mask};
 
 use super::patterns::{PATTERNS, Pattern};
 

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::ops::RangeInclusive;
 
-use flashover_kernels::mask::{BigBird, Extent, Mask};
+use flashover::kernels::mask::{BigBird, Extent, Mask};
 
 /// A pattern.
 pub struct Pattern {

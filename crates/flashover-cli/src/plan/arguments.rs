@@ -68,6 +68,10 @@ pub struct Arguments {
     /// Draw the frontier, the communication volumes and the memory into a PNG or SVG file.
     #[arg(long, value_name = "FILE")]
     pub(super) plot: Option<PathBuf>,
+    /// Run a small model under the fastest layout of each phase on as many logical chips, and hold the bytes that move and
+    /// the logits against what they must be.
+    #[arg(long, conflicts_with = "csv")]
+    pub(super) simulate: bool,
     /// Say of every layout what it would have cost and why it lost.
     #[arg(long, conflicts_with_all = ["json", "csv"])]
     pub(super) why: bool,

@@ -6,6 +6,7 @@ use std::io::Write;
 use flashover_shard::ShardError;
 use flashover_shard::planner::{Crossover, Plan, Point, Query, Sweep, crossovers, pareto};
 use flashover_shard::report::{Seconds, Why, why};
+use flashover_shard::simulate::Simulation;
 use flashover_shard::workload::Phase;
 use serde::Serialize;
 
@@ -45,6 +46,8 @@ struct Report<'a> {
     crossovers: Vec<Crossover>,
     plans: &'a [Plan],
     refusals: &'a [flashover_shard::planner::Refusal],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    simulations: &'a [Simulation],
 }
 
 /// The query without its thousands of meshes.
@@ -72,8 +75,8 @@ fn chips(query: &Query) -> Vec<usize> {
 pub fn json(
     out: &mut impl Write,
     query: &Query,
-    sweep: &Sweep,
-    frontier: &[(Phase, Vec<&Plan>)],
+    (sweep, frontier): (&Sweep, &[(Phase, Vec<&Plan>)]),
+    simulations: &[Simulation],
     seconds: f64,
 ) -> Result<(), PlanError> {
     let report = Report {
@@ -94,6 +97,7 @@ pub fn json(
         crossovers: crossovers(sweep),
         plans: &sweep.plans,
         refusals: &sweep.refusals,
+        simulations,
     };
     serde_json::to_writer_pretty(&mut *out, &report)?;
     writeln!(out)?;

@@ -35,7 +35,7 @@ use crate::spec::Sizes;
 use crate::workload::{Phase, Workload};
 
 pub(crate) use plan::Plan;
-pub use reshard::reshard;
+pub use reshard::{Stage, reshard};
 
 /// How the weights lie and whether they or the activations travel (§3.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

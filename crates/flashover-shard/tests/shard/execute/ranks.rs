@@ -8,8 +8,8 @@ use flashover_shard::mesh::{Axis, Mesh};
 use flashover_shard::program::{Collective, Move, Op, Program, Role, Step, TensorId};
 use flashover_shard::spec::{Dim, Sizes};
 
-use crate::model::{nonlinearity, normalize, rotate, weight};
-use crate::tensor::{Tensor, step};
+use super::model::{nonlinearity, normalize, rotate, weight};
+use super::tensor::{Tensor, step};
 
 /// What ranks keep between runs: by layer, name and rank.
 pub type Caches = HashMap<(usize, &'static str, usize), Tensor>;

@@ -48,7 +48,10 @@ pub fn rotate(head: &[f64], position: usize) -> Vec<f64> {
     out
 }
 
-fn norm(model: &Architecture, name: &str, layer: usize, x: &[f64]) -> Vec<f64> {
+/// Weights by name, layer and index.
+type Weights<'a> = &'a dyn Fn(&str, usize, &[usize]) -> f64;
+
+fn norm(model: &Architecture, weight: Weights, name: &str, layer: usize, x: &[f64]) -> Vec<f64> {
     let (squares, sum) = (x.iter().map(|x| x * x).sum(), x.iter().sum());
     let scaled =
         |(e, &x): (usize, &f64)| normalize(model.norm, x, squares, sum, model.model_dim) * weight(name, layer, &[e]);
@@ -60,7 +63,7 @@ fn add(a: &[f64], b: &[f64]) -> Vec<f64> {
 }
 
 /// Attention of one block over a sequence of normed rows.
-fn attention(model: &Architecture, layer: usize, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
+fn attention(model: &Architecture, weight: Weights, layer: usize, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let Architecture { heads, kv_heads, head_dim, model_dim, .. } = *model;
     let project = |name: &str, x: &[f64], head: usize| -> Vec<f64> {
         (0..head_dim).map(|q| x.iter().enumerate().map(|(e, x)| x * weight(name, layer, &[e, head, q])).sum()).collect()
@@ -87,7 +90,7 @@ fn attention(model: &Architecture, layer: usize, rows: &[Vec<f64>]) -> Vec<Vec<f
     out
 }
 
-fn mlp(model: &Architecture, layer: usize, x: &[f64]) -> Vec<f64> {
+fn mlp(model: &Architecture, weight: Weights, layer: usize, x: &[f64]) -> Vec<f64> {
     let Architecture { ff_dim, model_dim, .. } = *model;
     let project =
         |name: &str, f: usize| x.iter().enumerate().map(|(e, x)| x * weight(name, layer, &[e, f])).sum::<f64>();
@@ -101,24 +104,26 @@ fn mlp(model: &Architecture, layer: usize, x: &[f64]) -> Vec<f64> {
 }
 
 /// Logits of every token of a sequence.
-pub fn logits(model: &Architecture, tokens: &[usize]) -> Vec<Vec<f64>> {
+pub fn logits(model: &Architecture, weight: Weights, tokens: &[usize]) -> Vec<Vec<f64>> {
     let embed = |&token: &usize| (0..model.model_dim).map(|e| weight("embedding", 0, &[token, e])).collect::<Vec<_>>();
     let mut rows: Vec<Vec<f64>> = tokens.iter().map(embed).collect();
     for layer in 0..model.layers {
-        let normed: Vec<_> = rows.iter().map(|x| norm(model, "norm.scale", layer, x)).collect();
-        let attended = attention(model, layer, &normed);
+        let normed: Vec<_> = rows.iter().map(|x| norm(model, weight, "norm.scale", layer, x)).collect();
+        let attended = attention(model, weight, layer, &normed);
         for (l, x) in rows.iter_mut().enumerate() {
             let middle = add(x, &attended[l]);
             *x = match model.block {
-                Block::Parallel => add(&middle, &mlp(model, layer, &normed[l])),
-                Block::Serial => add(&middle, &mlp(model, layer, &norm(model, "mlp.norm.scale", layer, &middle))),
+                Block::Parallel => add(&middle, &mlp(model, weight, layer, &normed[l])),
+                Block::Serial => {
+                    add(&middle, &mlp(model, weight, layer, &norm(model, weight, "mlp.norm.scale", layer, &middle)))
+                }
             };
         }
     }
     let table = if model.tied_embeddings { "embedding" } else { "unembedding" };
     let logit = |x: &[f64], v: usize| x.iter().enumerate().map(|(e, x)| x * weight(table, 0, &[v, e])).sum::<f64>();
     let head = |x: &Vec<f64>| {
-        let x = norm(model, "head.norm.scale", 0, x);
+        let x = norm(model, weight, "head.norm.scale", 0, x);
         (0..model.vocabulary).map(|v| logit(&x, v)).collect()
     };
     rows.iter().map(head).collect()

@@ -1,7 +1,7 @@
 //! Programs run: every layout on meshes of 1 to 8 chips gives the logits of the unsharded model, in prefill and then token
 //! by token.
 
-mod model;
+pub mod model;
 mod ranks;
 mod tensor;
 
@@ -47,7 +47,7 @@ struct Case {
 
 fn case(heads: usize, kv_heads: usize, block: Block) -> Case {
     let model = small(heads, kv_heads, block);
-    let expected = tokens().iter().map(|sequence| model::logits(&model, sequence)).collect();
+    let expected = tokens().iter().map(|sequence| model::logits(&model, &model::weight, sequence)).collect();
     Case { model, expected }
 }
 
