@@ -73,7 +73,7 @@ fn pictures_are_drawn_as_png_and_svg() {
 fn bad_input_is_refused() {
     for (arguments, message) in [
         (&["causel"][..], "no pattern `causel`, did you mean `causal`"),
-        (&["sliding_window:0"][..], "sliding window"),
+        (&["sliding_window:0"][..], "sliding_window: expected at least 1 key"),
         (&["causal", "--tile", "128"][..], "expected queries x keys"),
         (&["causal", "--tile", "0x128"][..], "queries of a tile"),
         (&["causal", "--head", "3"][..], "--head: expected less than 1, got 3"),
