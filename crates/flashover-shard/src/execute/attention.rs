@@ -131,13 +131,9 @@ impl<T: Transport> Rank<'_, T> {
         output: (TensorId, TensorId),
     ) -> Result<(), ShardError> {
         let [(o_a, lse_a), (o_b, lse_b)] = [(self.get(a.0)?, self.get(a.1)?), (self.get(b.0)?, self.get(b.1)?)];
-        let max = finite(lse_a.clone().max_pair(lse_b.clone()));
-        let (w_a, w_b) = ((lse_a - max.clone()).exp(), (lse_b - max.clone()).exp());
-        let sum = w_a.clone() + w_b.clone();
-        let o = divided(o_a * w_a + o_b * w_b, sum.clone());
+        let (o, lse) = merged((o_a, lse_a), (o_b, lse_b));
         self.put(output.0, o)?;
-        // The logarithm of zero is −∞: a row that saw nothing still has seen nothing.
-        self.put(output.1, max + sum.log())
+        self.put(output.1, lse)
     }
 
     /// A rank's share in a merge over ranks.
@@ -146,8 +142,7 @@ impl<T: Transport> Rank<'_, T> {
         [o, lse, max]: [TensorId; 3],
         [output, weight]: [TensorId; 2],
     ) -> Result<(), ShardError> {
-        let w = (self.get(lse)? - finite(self.get(max)?)).exp();
-        let scaled = self.get(o)? * w.clone();
+        let (scaled, w) = rescaled(self.get(o)?, self.get(lse)?, self.get(max)?);
         self.put(output, scaled)?;
         self.put(weight, w)
     }
@@ -164,6 +159,21 @@ struct Seen {
     causal: bool,
 }
 
+/// Results `(o, lse)` over disjoint keys as one; where both have seen nothing, 0 and `−∞`.
+fn merged((o_a, lse_a): (Tensor<4>, Tensor<4>), (o_b, lse_b): (Tensor<4>, Tensor<4>)) -> (Tensor<4>, Tensor<4>) {
+    let max = finite(lse_a.clone().max_pair(lse_b.clone()));
+    let (w_a, w_b) = ((lse_a - max.clone()).exp(), (lse_b - max.clone()).exp());
+    let sum = w_a.clone() + w_b.clone();
+    // The logarithm of zero is −∞: a row that saw nothing still has seen nothing.
+    (divided(o_a * w_a + o_b * w_b, sum.clone()), max + sum.log())
+}
+
+/// `o` with its weight `e^(lse − max)`, and the weight; both 0 where nobody has seen anything.
+fn rescaled(o: Tensor<4>, lse: Tensor<4>, max: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    let weight = (lse - finite(max)).exp();
+    (o * weight.clone(), weight)
+}
+
 /// `−∞` replaced by 0, so that a difference to it is `−∞` and not NaN.
 fn finite(x: Tensor<4>) -> Tensor<4> {
     let none = x.clone().equal_scalar(f32::NEG_INFINITY);
@@ -174,4 +184,36 @@ fn finite(x: Tensor<4>) -> Tensor<4> {
 fn divided(o: Tensor<4>, weight: Tensor<4>) -> Tensor<4> {
     let none = weight.clone().equal_scalar(0.0_f32);
     o / weight.mask_fill(none, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    fn rows(values: [f32; 4]) -> Tensor<4> {
+        Tensor::from_data(TensorData::new(values.to_vec(), [1, 4, 1, 1]), &Device::flex())
+    }
+
+    fn close(found: Tensor<4>, expected: [f32; 4]) {
+        for (found, expected) in found.into_data().iter::<f32>().zip(expected) {
+            assert!(found == expected || (found - expected).abs() < 1e-6, "{found}, not {expected}");
+        }
+    }
+
+    const NONE: f32 = f32::NEG_INFINITY;
+
+    /// No program of these layouts merges two rows that have seen nothing; the steps say what comes of it.
+    #[test]
+    fn rows_that_see_nothing_merge_to_nothing() {
+        let (a, b) = (rows([NONE, NONE, 1.0, 0.0]), rows([NONE, 2.0, NONE, 0.0]));
+        let (o, lse) = merged((rows([0.0, 0.0, 3.0, 1.0]), a.clone()), (rows([0.0, 5.0, 0.0, 2.0]), b.clone()));
+        close(o, [0.0, 5.0, 3.0, 1.5]);
+        close(lse, [NONE, 2.0, 1.0, 2.0_f32.ln()]);
+        let (o, weight) = rescaled(rows([0.0, 0.0, 3.0, 1.0]), a.clone(), a.max_pair(b));
+        close(o.clone(), [0.0, 0.0, 3.0, 1.0]);
+        close(weight.clone(), [0.0, 0.0, 1.0, 1.0]);
+        close(divided(o, weight), [0.0, 0.0, 3.0, 1.0]);
+    }
 }
