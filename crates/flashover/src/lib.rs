@@ -5,6 +5,7 @@ mod boundary;
 mod error;
 mod explain;
 mod options;
+mod sparse;
 
 #[cfg(feature = "autodiff")]
 mod autodiff;
@@ -25,6 +26,7 @@ pub use error::AttentionError;
 pub use explain::{Explanation, Step, explain};
 pub use flashover_kernels as kernels;
 pub use options::AttentionOptions;
+pub use sparse::SparsePlan;
 
 /// The vector instructions that the native CPU path uses on this machine: `avx512`, `avx2`, `neon`, `scalar`, …
 #[cfg(feature = "flex")]
