@@ -151,6 +151,16 @@ impl<'a, T: Float> Context<'a, T> {
         (1..=most.min(bq)).rev().find(|size| bq.is_multiple_of(*size)).unwrap_or(1)
     }
 
+    /// Queries of a task that walks key tiles and packs each for all of its queries: `few` without a plan. A plan visits a
+    /// key tile less often, so a task takes more queries, as long as there are enough tasks for all threads.
+    pub fn task_queries(&self, few: usize) -> usize {
+        let Some(plan) = self.plan else { return few };
+        let wanted = few as f64 / plan.density().max(1e-3);
+        let p = self.problem;
+        let most = p.batch * p.heads_q * p.seq_q / (8 * rayon::current_num_threads());
+        ((wanted as usize).min(most) / few).max(1) * few
+    }
+
     /// End of the keys from `j0` on that make one tile: at most `most`, before `end`, and within one tile of the plan.
     pub fn end_of_keys(&self, j0: usize, most: usize, end: usize) -> usize {
         let of_plan = self.plan.map_or(end, |plan| (j0 / plan.tile().bk as usize + 1) * plan.tile().bk as usize);

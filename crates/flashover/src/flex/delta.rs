@@ -15,7 +15,7 @@ use super::sweep::{BK, BQ, KeyScratch, KeyTile, Saved, TileScratch, gradient_til
 use super::tiles::sum;
 use super::view::View;
 
-/// Queries of a task: several blocks share the packing of a key tile.
+/// Queries of a task without a plan: several blocks share the packing of a key tile.
 const QUERIES: usize = 4 * BQ;
 
 /// Both of every query, `[B, Hq, Sq]`.
@@ -40,17 +40,18 @@ pub(super) fn compute<T: Float>(
     let saved = Saved { do_, lse, delta: &zeros, norm: &ones };
     let (mut delta, mut norm) = (zeros.clone(), ones.clone());
     let heads = delta.chunks_mut(problem.seq_q).zip(norm.chunks_mut(problem.seq_q)).enumerate();
+    let queries = context.task_queries(QUERIES);
     let tasks = heads.flat_map(|(head, (delta, norm))| {
-        let blocks = delta.chunks_mut(QUERIES).zip(norm.chunks_mut(QUERIES)).enumerate();
-        blocks.map(move |(block, (delta, norm))| (head, block * QUERIES, delta, norm))
+        let blocks = delta.chunks_mut(queries).zip(norm.chunks_mut(queries)).enumerate();
+        blocks.map(move |(block, (delta, norm))| (head, block * queries, delta, norm))
     });
     let tasks: Vec<_> = tasks.collect();
     let work = rows * problem.seq_kv * problem.head_dim;
     let arch = Arch::new();
-    let scratch = || (KeyScratch::new(problem), TileScratch::new(problem), Vec::new());
-    parallel::for_each(tasks.into_iter(), work, scratch, |(keys, tile, walk), (head, i0, delta, norm)| {
-        let mut sums = [Sums::default(); QUERIES];
-        let sums = &mut sums[..delta.len()];
+    let scratch = || (KeyScratch::new(problem), TileScratch::new(problem), Vec::new(), Vec::new());
+    parallel::for_each(tasks.into_iter(), work, scratch, |(keys, tile, walk, sums), (head, i0, delta, norm)| {
+        sums.clear();
+        sums.resize(delta.len(), Sums::default());
         arch.dispatch(Block { context, saved: &saved, keys, tile, walk, head, i0, sums: &mut *sums });
         let first = head * problem.seq_q + i0;
         let sink = context.sinks.map(|sinks| sinks[head % problem.heads_q].to_f64());
@@ -77,7 +78,7 @@ struct Sums {
     delta: f64,
 }
 
-/// At most [`QUERIES`] queries of a head.
+/// Some queries of a head.
 struct Block<'s, 'a, T: Float> {
     context: &'s Context<'a, T>,
     saved: &'s Saved<'a, T>,

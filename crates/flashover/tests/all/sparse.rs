@@ -6,7 +6,7 @@ use flashover::kernels::block_plan::{BlockPlan, TileSize};
 use flashover::kernels::dropout::Dropout;
 use flashover::kernels::mask::{Band, BlockTable, Extent, Mask, UNBOUNDED};
 use flashover::kernels::problem::{Element, Problem};
-use flashover::{AttentionOptions, SparsePlan, attention};
+use flashover::{AttentionOptions, SparsePlan, TopK, attention};
 use flashover_testing::bridge;
 use flashover_testing::data::{Case, Inputs, Rng};
 use flashover_testing::sparse::{KINDS, SparseCase, combination, kind, kinds_of_tiles};
@@ -165,7 +165,7 @@ fn random_combinations_agree_on_the_gpu() {
     let Some(device) = devices::gpu() else {
         return devices::skip("sparse::random_combinations_agree_on_the_gpu", "this build has no GPU backend");
     };
-    let count = std::env::var("FLASHOVER_SPARSE_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
+    let count = std::env::var("FLASHOVER_SPARSE_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
     let mut rng = Rng::new(4);
     let cases = (0..count).map(|n| (format!("combination {n}"), gpu_case(n, Element::F32, &mut rng)));
     all_agree(cases, &[device]);
@@ -354,4 +354,56 @@ fn tiles_that_a_gpu_kernel_cannot_walk_are_refused() {
     let expected =
         "plan: expected tiles of a multiple of [32, 32] queries and keys for the portable kernel, got [48, 64]";
     assert!(message.starts_with("kernel: ") && message.ends_with(expected), "{message}");
+}
+
+#[test]
+fn top_k_keeps_the_best_tiles_the_diagonal_and_the_sinks() {
+    let (tile, sinks, blocks) = (TileSize { bq: 32, bk: 16 }, 20u32, 3usize);
+    let problem = Problem::new([2, 4, 150, 8], [2, 2, 170, 8], [2, 2, 170, 8], Element::F32).expect("sound");
+    let inputs = Inputs::random(&problem, 12);
+    let (extent, mask) = (Extent::from(&problem), Mask::causal());
+    let base = BlockPlan::new(&mask, extent, tile).expect("sound");
+    let mean = |x: &[f64], head: usize, length: usize, rows: std::ops::Range<u32>| -> Vec<f64> {
+        let row = |r: u32| &x[(head * length + r as usize) * 8..][..8];
+        (0..8).map(|d| rows.clone().map(|r| row(r)[d]).sum::<f64>() / rows.len() as f64).collect()
+    };
+    for device in devices::native() {
+        let t = bridge::Tensors::new(&problem, &inputs, &device);
+        let top_k = TopK::new(blocks as u32).tile(tile.bq, tile.bk).sinks(sinks);
+        let plan = top_k.plan(t.q.clone(), t.k.clone(), &mask).expect("sound");
+        let mut left_out = 0;
+        for (b, h) in [(0, 0), (0, 3), (1, 1), (1, 2)] {
+            for i in 0..base.query_tiles() {
+                let queries = tile.queries(extent, i);
+                let q = mean(&inputs.operands.q, (b * 4 + h) as usize, 150, queries.clone());
+                let listed = base.row(b, h, i);
+                let mut best: Vec<(f64, u32)> = listed
+                    .full
+                    .iter()
+                    .chain(listed.partial)
+                    .map(|&j| {
+                        let k = mean(&inputs.operands.k, (b * 2 + h / 2) as usize, 170, tile.keys(extent, j));
+                        (-q.iter().zip(&k).map(|(q, k)| q * k).sum::<f64>(), j)
+                    })
+                    .collect();
+                best.sort_by(|x, y| x.0.total_cmp(&y.0));
+                let mut expected: Vec<u32> = best.iter().take(blocks).map(|&(_, j)| j).collect();
+                // Query i stands at i + 20.
+                let on_diagonal = |j: u32| j * 16 < queries.end + 20 && (j + 1) * 16 > queries.start + 20;
+                expected.extend(best.iter().map(|&(_, j)| j).filter(|&j| on_diagonal(j) || j * 16 < sinks));
+                expected.sort_unstable();
+                expected.dedup();
+                left_out += best.len() - expected.len();
+                let row = plan.block_plan().row(b, h, i);
+                let mut found = [row.full, row.partial].concat();
+                found.sort_unstable();
+                assert_eq!(found, expected, "query tile {i} of head {h} of batch element {b} on {device:?}");
+            }
+        }
+        assert!(left_out > 20, "{left_out}");
+        let refused = TopK::new(0).plan(t.q.clone(), t.k.clone(), &mask).expect_err("no blocks");
+        assert_eq!(refused.to_string(), "top-k blocks: expected at least 1, got 0");
+        let all = TopK::new(1000).tile(tile.bq, tile.bk).plan(t.q, t.k, &mask).expect("sound");
+        assert_eq!(all.block_plan().row(1, 2, 4), base.row(0, 0, 4), "what the mask shows");
+    }
 }
