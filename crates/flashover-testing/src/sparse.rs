@@ -72,7 +72,7 @@ pub fn kinds_of_tiles(plan: &BlockPlan) -> [f64; 3] {
 }
 
 fn scattered(b: u32, h: u32, i: u32, j: u32) -> bool {
-    (i / 29 + j / 23 + b + 2 * h) % 3 != 0 && (i * j) % 7 != 1
+    !(i / 29 + j / 23 + b + 2 * h).is_multiple_of(3) && (i * j) % 7 != 1
 }
 
 fn stripes(_: u32, _: u32, i: u32, j: u32) -> bool {
@@ -222,10 +222,10 @@ mod tests {
     #[test]
     fn every_kind_is_sound() {
         let extent = Extent { batch: 2, heads: 4, seq_q: 130, seq_kv: 100 };
-        for n in 0..KINDS.len() {
+        for (n, name) in KINDS.iter().enumerate() {
             for seed in 0..20 {
                 let mask = kind(n, extent, TileSize { bq: 16, bk: 9 }, &mut Rng::new(seed));
-                mask.bind(extent).unwrap_or_else(|error| panic!("{}: {error}", KINDS[n]));
+                mask.bind(extent).unwrap_or_else(|error| panic!("{name}: {error}"));
             }
         }
     }

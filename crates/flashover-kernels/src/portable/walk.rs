@@ -31,7 +31,8 @@ pub(crate) struct Work {
 }
 
 /// What a cube owns of `heads` heads a batch element and `seq` rows each. Without a plan the last query tiles, which are
-/// the longest under causal order, go first; with one, the tiles that it lists most blocks for, head by head.
+/// the longest under causal order, go first; with one, the rows or columns for which it lists most
+/// blocks, for one head after another where they share them.
 #[cube]
 pub(crate) fn work_of(
     cube: usize,
