@@ -79,8 +79,13 @@ impl Case {
 
     /// Our call.
     pub fn ours(&self, t: &Tensors) -> Tensor<4> {
+        self.ours_with(t, AttentionOptions::new())
+    }
+
+    /// Our call with more options than a case has.
+    pub fn ours_with(&self, t: &Tensors, options: AttentionOptions) -> Tensor<4> {
         let band = self.problem.band;
-        let mut options = AttentionOptions::new().window(band.left as usize, band.right as usize);
+        let mut options = options.window(band.left as usize, band.right as usize);
         if band.causal {
             options = options.causal();
         }

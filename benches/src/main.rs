@@ -8,6 +8,7 @@ mod gate;
 mod gemm;
 mod memory;
 mod report;
+mod sparse;
 mod suites;
 mod timing;
 mod torch;

@@ -6,7 +6,7 @@ use flashover::kernels::problem::Element;
 
 use crate::case::{Case, Tensors};
 use crate::report::{Report, Run};
-use crate::{gate, gemm, memory, timing, torch};
+use crate::{gate, gemm, memory, sparse, timing, torch};
 
 /// How to run a suite.
 pub struct Plan {
@@ -53,6 +53,8 @@ pub fn flex(plan: &Plan, report: &mut Report) -> Result<(), String> {
             Err(reason) => println!("torch_cpu not measured: {reason}"),
         }
     }
+    let long = Case::new(Band::default(), 1, 8, 8192, 64, Element::F32);
+    densities(&run, plan, &long, &device, report)?;
     memory_slope(&run, plan, Element::F32, &device, report)?;
     Ok(())
 }
@@ -81,9 +83,21 @@ pub fn gpu(plan: &Plan, report: &mut Report) -> Result<(), String> {
                 compare(&run, plan, &case, &device, report)?;
             }
         }
+        let long = Case::new(Band::default(), 1, 16, 16_384, 128, element);
+        densities(&run, plan, &long, &device, report)?;
         memory_slope(&run, plan, element, &device, report)?;
     }
     Ok(())
+}
+
+/// Block plans at several densities, if cases of that name are asked for.
+fn densities(run: &Run, plan: &Plan, case: &Case, device: &Device, report: &mut Report) -> Result<(), String> {
+    let name = format!("{}_density", case.name());
+    if plan.only.as_ref().is_some_and(|only| !name.contains(only)) {
+        return Ok(());
+    }
+    println!("{name}: checking, then timing");
+    sparse::densities(run, plan.repeats, case, device, report)
 }
 
 /// Memory of forward and backward in a window, as the sequence grows.

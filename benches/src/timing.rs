@@ -24,7 +24,8 @@ pub fn interleaved<const N: usize>(repeats: usize, mut contestants: [&mut dyn Fn
     samples.map(median)
 }
 
-fn median(mut samples: Vec<f64>) -> f64 {
+/// The middle sample, or the mean of the two in the middle.
+pub fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     let middle = samples.len() / 2;
     if samples.len() % 2 == 1 { samples[middle] } else { (samples[middle - 1] + samples[middle]) / 2.0 }

@@ -28,12 +28,14 @@ pub struct Cost {
     pub scratch_bytes: usize,
 }
 
-/// Pairs of query and key that are visible by position, over all batch elements and query heads.
+/// Pairs of query and key that are visible by position, over all batch elements and query heads; under a block plan no more
+/// than it shows.
 pub fn visible_pairs(problem: &Problem) -> u64 {
     let Problem { batch, heads_q, seq_q, seq_kv, .. } = *problem;
     let keys = |i: usize| visible_keys(&problem.band, i as i32 + problem.alignment(), seq_kv as i32);
     let pairs: u64 = (0..seq_q).map(keys).sum();
-    pairs * (batch * heads_q) as u64
+    let pairs = pairs * (batch * heads_q) as u64;
+    problem.plan.map_or(pairs, |plan| plan.points.min(pairs))
 }
 
 /// Keys that the query at `a` sees: those of its window, and the sinks before it.
@@ -174,6 +176,9 @@ impl<'a> Model<'a> {
             if on {
                 costs.push(self.small("copy", (2 * words * word) as u64, 2, 0));
             }
+        }
+        if let Some(plan) = self.problem.plan.filter(|_| self.problem.seq_kv > 0) {
+            costs.push(self.small("copy", (2 * plan.words * word) as u64, 2, 0));
         }
         if let Some(shape) = self.problem.mask.filter(|_| self.problem.seq_kv > 0) {
             // Booleans are one byte or four, as the backend stores them; one is counted.

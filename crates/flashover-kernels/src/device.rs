@@ -171,6 +171,18 @@ pub enum KernelError {
         /// What is needed.
         found: usize,
     },
+    /// A plan whose tiles the kernel's tiles do not divide.
+    #[error(
+        "plan: expected tiles of a multiple of {expected:?} queries and keys for the {kernel} kernel, got {found:?}"
+    )]
+    PlanTile {
+        /// The kernel.
+        kernel: &'static str,
+        /// Its tile.
+        expected: [u32; 2],
+        /// Queries and keys of the plan's tiles.
+        found: [u32; 2],
+    },
     /// An operand is not what the problem says.
     #[error("{operand}: expected shape {expected:?}, got {found:?}")]
     Shape {

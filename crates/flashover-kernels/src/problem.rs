@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::block_plan::PlanShape;
 use crate::dropout::Dropout;
 use crate::mask::Band;
 
@@ -76,6 +77,9 @@ pub struct Problem {
     pub mask: Option<[usize; 4]>,
     /// What is visible by position.
     pub band: Band,
+    /// The block plan that hides what it does not list, if there is one.
+    #[serde(default)]
+    pub plan: Option<PlanShape>,
     /// Whether a number of keys per batch element is given.
     pub key_lengths: bool,
     /// Whether a learned logit per query head stands in the denominator.
@@ -113,6 +117,7 @@ impl Problem {
             bias: None,
             mask: None,
             band: Band::default(),
+            plan: None,
             key_lengths: false,
             learned_sinks: false,
             dropout: None,

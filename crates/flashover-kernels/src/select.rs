@@ -90,6 +90,8 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
         (TileConfig::SOFTWARE, "a software GPU, whose compiler is slow on unrolled loops")
     } else if problem.seq_q <= TileConfig::SMALL.rows() {
         (TileConfig::SMALL, "few queries")
+    } else if problem.plan.is_some_and(|plan| !TileConfig::LARGE.divides(plan.tile)) {
+        (TileConfig::SMALL, "the tiles of the block plan are no multiple of larger ones")
     } else if fits(TileConfig::LARGE) {
         (TileConfig::LARGE, "the most work per byte of shared memory that 16 KB allow")
     } else {

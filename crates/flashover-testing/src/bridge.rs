@@ -133,8 +133,20 @@ pub fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>
 /// Runs the case: output and log-sum-exp, and on an autodiff device the gradients; through the log-sum-exp as well if
 /// `lse_gradient`.
 pub fn run(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &Device) -> Result<Results, AttentionError> {
+    run_with(problem, inputs, lse_gradient, device, |options| options)
+}
+
+/// [`run`] with options that a problem does not tell: a block plan.
+pub fn run_with(
+    problem: &Problem,
+    inputs: &Inputs,
+    lse_gradient: bool,
+    device: &Device,
+    more: impl FnOnce(AttentionOptions) -> AttentionOptions,
+) -> Result<Results, AttentionError> {
     let t = Tensors::new(problem, inputs, device);
-    let (o, lse) = flashover::attention_with_lse(t.q.clone(), t.k.clone(), t.v.clone(), &t.options(problem))?;
+    let options = more(t.options(problem));
+    let (o, lse) = flashover::attention_with_lse(t.q.clone(), t.k.clone(), t.v.clone(), &options)?;
     let mut gradients = Gradients::default();
     if device.is_autodiff() {
         // The two outputs are two nodes, whose gradients Burn would add in the element type; here they are added in f64,

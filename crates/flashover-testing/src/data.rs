@@ -54,6 +54,10 @@ impl Inputs {
     /// Other inputs of the same problem: another draw of everything. Without a gradient of `lse` if this one has none.
     pub fn redrawn(&self, problem: &Problem, draw: u64) -> Self {
         let mut drawn = Inputs::random(problem, 0xd1a3 ^ draw);
+        if problem.plan.is_some() {
+            // There the mask says what the plan shows, which is no matter of luck.
+            drawn.operands.mask.clone_from(&self.operands.mask);
+        }
         if self.dlse.iter().all(|&x| x == 0.0) {
             drawn.dlse.fill(0.0);
         }

@@ -9,6 +9,7 @@
 //! | [`naive`] | what a framework without fused attention computes in the problem's own element type |
 //! | [`tolerance`] | the error budget: 2 × the error of [`naive`] against [`oracle`] + 1e-5, per tensor |
 //! | [`grid`] | the grid of cases: all pairs of its factors, and all of it |
+//! | [`sparse`] | random masks for block plans, and the dense problem that says the same |
 //! | [`strategy`] | random problems for proptest, and a count of which options met |
 
 #[cfg(feature = "burn")]
@@ -22,5 +23,6 @@ pub mod oracle;
 mod parallel;
 #[cfg(test)]
 mod small;
+pub mod sparse;
 pub mod strategy;
 pub mod tolerance;

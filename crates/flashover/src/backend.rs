@@ -10,11 +10,15 @@ use flashover_kernels::problem::Problem;
 #[cfg(feature = "cubecl-backend")]
 use flashover_kernels::select::Selection;
 
+use crate::SparsePlan;
+
 /// What is to be computed, and by which kernel.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// The validated problem.
     pub problem: Problem,
+    /// The block plan, if the problem has one.
+    pub blocks: Option<SparsePlan>,
     /// The kernel of a CubeCL device, chosen at the boundary; `None` on other devices.
     #[cfg(feature = "cubecl-backend")]
     pub selection: Option<Selection>,

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, Int, IntDType, Tensor};
 use flashover_kernels::problem::{Element, Problem};
 
 use crate::backend::{AttentionBackend, Extras, MaybeBool, MaybeFloat, MaybeInt, Plan};
-use crate::{AttentionError, AttentionOptions};
+use crate::{AttentionError, AttentionOptions, SparsePlan};
 
 /// A call that is ready to be dispatched.
 pub(crate) struct Prepared {
@@ -61,8 +61,10 @@ impl Prepared {
         problem.learned_sinks = options.learned_sinks.is_some();
         problem.key_lengths = options.key_lengths.is_some();
         problem.validate()?;
+        let blocks = options.checked_plan()?;
+        problem.plan = blocks.map(|blocks| blocks.shape_for(&problem)).transpose()?;
         backend_is_built(&device)?;
-        let plan = plan(problem, &device)?;
+        let plan = plan(problem, blocks.cloned(), &device)?;
         let extras = extras(options, element, device.as_dispatch());
         Ok(Prepared { q, k, v, extras, plan })
     }
@@ -89,7 +91,7 @@ impl Prepared {
 }
 
 /// Chooses the kernel of a CubeCL device.
-fn plan(problem: Problem, device: &Device) -> Result<Plan, AttentionError> {
+fn plan(problem: Problem, blocks: Option<SparsePlan>, device: &Device) -> Result<Plan, AttentionError> {
     #[cfg(feature = "cubecl-backend")]
     {
         use flashover_kernels::device::DeviceLimits;
@@ -104,12 +106,12 @@ fn plan(problem: Problem, device: &Device) -> Result<Plan, AttentionError> {
             #[allow(unreachable_patterns)]
             _ => None,
         };
-        Ok(Plan { problem, selection })
+        Ok(Plan { problem, blocks, selection })
     }
     #[cfg(not(feature = "cubecl-backend"))]
     {
         let _ = device;
-        Ok(Plan { problem })
+        Ok(Plan { problem, blocks })
     }
 }
 

@@ -4,9 +4,11 @@
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{BoolDType, FloatDType, IntDType, Shape, Slice, TensorData};
+use flashover_kernels::block_plan::BlockPlan;
 use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
 
+use crate::SparsePlan;
 use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
 
 /// Queries of a chunk: a chunk's scores are `[B, Hq, CHUNK, Skv]`.
@@ -27,7 +29,7 @@ macro_rules! chunked_backend {
                 extras: Extras<Self>,
                 plan: Plan,
             ) -> FloatTensor<Self> {
-                forward::<Self>(q, k, v, extras, &plan.problem).0
+                forward::<Self>(q, k, v, extras, &plan).0
             }
 
             fn flashover_forward_lse(
@@ -37,7 +39,7 @@ macro_rules! chunked_backend {
                 extras: Extras<Self>,
                 plan: Plan,
             ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-                forward::<Self>(q, k, v, extras, &plan.problem)
+                forward::<Self>(q, k, v, extras, &plan)
             }
 
             fn flashover_backward(
@@ -52,7 +54,7 @@ macro_rules! chunked_backend {
                 plan: Plan,
                 wanted: Wanted,
             ) -> InputGradients<Self> {
-                let composition = Composition::<Self>::new(q, k, v, extras, &plan.problem);
+                let composition = Composition::<Self>::new(q, k, v, extras, &plan);
                 composition.backward(lse, do_, dlse.into_option(), wanted)
             }
         }
@@ -72,14 +74,15 @@ fn forward<B: Backend>(
     k: FloatTensor<B>,
     v: FloatTensor<B>,
     extras: Extras<B>,
-    problem: &Problem,
+    plan: &Plan,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    Composition::<B>::new(q, k, v, extras, problem).forward()
+    Composition::<B>::new(q, k, v, extras, plan).forward()
 }
 
 /// The operands in the type of the arithmetic.
 struct Composition<'a, B: Backend> {
     problem: &'a Problem,
+    blocks: Option<&'a BlockPlan>,
     extras: Extras<B>,
     device: B::Device,
     q: FloatTensor<B>,
@@ -101,12 +104,13 @@ struct Scores<B: Backend> {
 }
 
 impl<'a, B: Backend> Composition<'a, B> {
-    fn new(q: FloatTensor<B>, k: FloatTensor<B>, v: FloatTensor<B>, extras: Extras<B>, problem: &'a Problem) -> Self {
+    fn new(q: FloatTensor<B>, k: FloatTensor<B>, v: FloatTensor<B>, extras: Extras<B>, plan: &'a Plan) -> Self {
+        let (problem, blocks) = (&plan.problem, plan.blocks.as_ref().map(SparsePlan::block_plan));
         let device = q.device();
         let compute = if problem.element == Element::F64 { FloatDType::F64 } else { FloatDType::F32 };
         let booleans = get_or_init_device_settings::<B>(&device).bool_dtype;
         let (k, v) = (B::float_cast(k, compute), B::float_cast(v, compute));
-        Composition { problem, extras, device, q, k, v, compute, booleans }
+        Composition { problem, blocks, extras, device, q, k, v, compute, booleans }
     }
 
     fn forward(&self) -> (FloatTensor<B>, FloatTensor<B>) {
@@ -265,6 +269,17 @@ impl<'a, B: Backend> Composition<'a, B> {
             let data: Vec<bool> = rows.clone().flat_map(hides).collect();
             let data = TensorData::new(data, [1, 1, rows.len(), p.seq_kv]).convert_dtype(self.booleans.into());
             masks.push(B::bool_from_data(data, &self.device));
+        }
+        if let Some(blocks) = self.blocks {
+            let [batch, heads] = [blocks.batch(), blocks.heads()];
+            let mut hides = Vec::new();
+            for head in 0..batch * heads {
+                for i in rows.clone() {
+                    hides.extend(blocks.query(head / heads, head % heads, i as u32).iter().map(|seen| !seen));
+                }
+            }
+            let data = TensorData::new(hides, [batch as usize, heads as usize, rows.len(), p.seq_kv]);
+            masks.push(B::bool_from_data(data.convert_dtype(self.booleans.into()), &self.device));
         }
         if let Some(lengths) = self.extras.key_lengths.clone().into_option() {
             let keys = B::int_arange(0..p.seq_kv as i64, &self.device, IntDType::from(lengths.dtype()));

@@ -51,6 +51,7 @@ impl AttentionBackend for CubeBackend {
         let place = Place::of(&q);
         let selection = selection(&plan);
         let operands = operands(q, k, v, extras);
+        let blocks = place.blocks(&plan);
         let outputs = Outputs {
             o: on_device(o),
             lse: on_device(lse),
@@ -59,7 +60,8 @@ impl AttentionBackend for CubeBackend {
         };
         let gradients = match selection.kernel {
             Kernel::Portable => {
-                portable::backward(&place.client, &plan.problem, &operands, &outputs, wanted, selection.config)
+                let (problem, blocks) = (&plan.problem, blocks.as_ref());
+                portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config)
             }
             other => unreachable!("the boundary selects no {other} kernel"),
         };
@@ -87,8 +89,12 @@ fn forward(
     let place = Place::of(&q);
     let selection = selection(plan);
     let operands = operands(q, k, v, extras);
+    let blocks = place.blocks(plan);
     let outputs = match selection.kernel {
-        Kernel::Portable => portable::forward(&place.client, &plan.problem, &operands, with_lse, selection.config),
+        Kernel::Portable => {
+            let (problem, blocks) = (&plan.problem, blocks.as_ref());
+            portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config)
+        }
         other => unreachable!("the boundary selects no {other} kernel"),
     };
     let (o, lse) = outputs.unwrap_or_else(|error| refused(&error));
@@ -112,6 +118,11 @@ struct Place {
 impl Place {
     fn of(tensor: &CubeTensor) -> Self {
         Place { client: tensor.client.clone(), device: tensor.device.clone() }
+    }
+
+    /// The call's block plan here.
+    fn blocks(&self, plan: &Plan) -> Option<DeviceTensor> {
+        plan.blocks.as_ref().map(|blocks| blocks.on_device(&self.client, &self.device))
     }
 
     fn tensor(&self, tensor: DeviceTensor) -> CubeTensor {

@@ -1,6 +1,7 @@
 //! What can be wrong with a call, found before anything is launched.
 
 use burn::tensor::DType;
+use flashover_kernels::mask::MaskError;
 use flashover_kernels::problem::ProblemError;
 
 /// Why an attention call was refused. Every message gives what was expected and what came.
@@ -10,6 +11,9 @@ pub enum AttentionError {
     /// The shapes or options do not make a sound problem.
     #[error(transparent)]
     Problem(#[from] ProblemError),
+    /// A mask or a block plan is not sound, or not one for this call.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
     /// A tensor has another element type than the queries (or than its role asks for).
     #[error("dtype of {what}: expected {expected}, got {found:?}")]
     DType {

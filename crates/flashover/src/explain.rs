@@ -26,7 +26,8 @@ pub struct Explanation {
     pub forward: Vec<Step>,
     /// The launches of a backward for every float operand of the call, in order; none off an autodiff device.
     pub backward: Vec<Step>,
-    /// Floating-point operations of the forward's two products, over the scores that are visible by position.
+    /// Floating-point operations of the forward's two products, over the scores that are visible by position and in a block
+    /// plan.
     pub forward_flops: u64,
 }
 
@@ -36,7 +37,7 @@ pub struct Explanation {
 pub struct Step {
     /// The launch, as the [launch log](flashover_kernels::launch_log) will record it.
     pub launch: Launch,
-    /// Floating-point operations of its products, over the scores that are visible by position.
+    /// Floating-point operations of its products, over the scores that are visible by position and in a block plan.
     pub flops: u64,
     /// Bytes that must move: operands read once, results written once.
     pub bytes: u64,
@@ -123,6 +124,12 @@ pub fn explain(
         }
     }
     let _ = wanted;
+    if let Some(blocks) = &plan.blocks {
+        let (blocks, visits) = (blocks.block_plan(), answer.kernel != "composition");
+        let what =
+            if visits { "only the tiles of a block plan are visited" } else { "a block plan hides, and saves no time" };
+        answer.reason += &format!("; {what}, {:.1} % of all", 100.0 * blocks.density());
+    }
     Ok(answer)
 }
 

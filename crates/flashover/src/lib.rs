@@ -5,6 +5,8 @@ mod boundary;
 mod error;
 mod explain;
 mod options;
+mod sparse;
+mod top_k;
 
 #[cfg(feature = "autodiff")]
 mod autodiff;
@@ -25,6 +27,8 @@ pub use error::AttentionError;
 pub use explain::{Explanation, Step, explain};
 pub use flashover_kernels as kernels;
 pub use options::AttentionOptions;
+pub use sparse::SparsePlan;
+pub use top_k::TopK;
 
 /// The vector instructions that the native CPU path uses on this machine: `avx512`, `avx2`, `neon`, `scalar`, …
 #[cfg(feature = "flex")]

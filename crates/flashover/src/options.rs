@@ -2,8 +2,10 @@
 
 use burn::tensor::{Bool, Int, Tensor};
 use flashover_kernels::dropout::Dropout;
-use flashover_kernels::mask::{Band, UNBOUNDED};
+use flashover_kernels::mask::{Band, Mask, MaskError, UNBOUNDED};
 use flashover_kernels::problem::ProblemError;
+
+use crate::SparsePlan;
 
 /// Options of [`attention`](crate::attention). The default is plain attention at scale `1/√D`.
 ///
@@ -27,6 +29,8 @@ pub struct AttentionOptions {
     pub(crate) learned_sinks: Option<Tensor<1>>,
     pub(crate) key_lengths: Option<Tensor<1, Int>>,
     pub(crate) dropout: Option<Dropout>,
+    pub(crate) plan: Option<SparsePlan>,
+    pub(crate) another_mask: Option<MaskError>,
 }
 
 impl AttentionOptions {
@@ -112,6 +116,29 @@ impl AttentionOptions {
     pub fn dropout(mut self, probability: f64, seed: u64) -> Self {
         self.dropout = Some(Dropout { probability, seed });
         self
+    }
+
+    /// Visits only the tiles that a block plan lists, forward and backward, and hides what it does not show. Everything else
+    /// still applies: a key is visible if the plan shows it and no other option hides it.
+    ///
+    /// The plan must have been made for the lengths of the call, and for its batch and query heads or for 1 of them.
+    pub fn plan(mut self, plan: &SparsePlan) -> Self {
+        self.plan = Some(plan.clone());
+        self.another_mask = None;
+        self
+    }
+
+    /// [`plan`](Self::plan), and the call is refused if the plan was made from another mask: for plans that were kept apart
+    /// from their masks.
+    pub fn plan_of(mut self, plan: &SparsePlan, mask: &Mask) -> Self {
+        self = self.plan(plan);
+        self.another_mask = plan.block_plan().check_mask(mask).err();
+        self
+    }
+
+    /// The plan, or the error of one for another mask.
+    pub(crate) fn checked_plan(&self) -> Result<Option<&SparsePlan>, MaskError> {
+        self.another_mask.clone().map_or(Ok(self.plan.as_ref()), Err)
     }
 
     /// The band, or the error of a sliding window of no keys.

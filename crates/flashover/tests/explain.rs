@@ -2,8 +2,10 @@
 //! every thread of the process.
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
+use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::launch_log;
-use flashover::{AttentionOptions, attention, explain};
+use flashover::kernels::mask::Mask;
+use flashover::{AttentionOptions, SparsePlan, attention, explain};
 
 #[path = "all/devices.rs"]
 #[allow(dead_code)]
@@ -53,11 +55,18 @@ fn everything(device: &Device, dtype: DType) -> AttentionOptions {
     options.alibi_slopes(vector(4)).learned_sinks(vector(4))
 }
 
+fn planned(device: &Device, dtype: DType) -> AttentionOptions {
+    let mask = Mask::causal() & Mask::window(20, 0);
+    let plan = SparsePlan::with_tile(&mask, [2, 4, 70, 90], TileSize { bq: 64, bk: 32 }).expect("sound");
+    everything(device, dtype).plan(&plan)
+}
+
 #[test]
 fn explain_holds_against_the_launch_log() {
     let holds_on = |device: &Device, dtype: DType| {
         holds(device, dtype, plain);
         holds(device, dtype, everything);
+        holds(device, dtype, planned);
     };
     holds_on(&devices::flex(), DType::F32);
     holds_on(&devices::flex(), DType::F16);

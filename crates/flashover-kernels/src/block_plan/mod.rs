@@ -102,6 +102,17 @@ impl TileSize {
     }
 }
 
+/// What a problem knows of its plan: enough to choose a kernel, to lay out memory, and to say what it costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PlanShape {
+    /// Queries and keys of a tile.
+    pub tile: TileSize,
+    /// Words of the plan in [`flat`] form.
+    pub words: usize,
+    /// Points of the listed tiles that the plan shows, over all batch elements and query heads.
+    pub points: u64,
+}
+
 /// How a plan is built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanOptions {
@@ -278,6 +289,24 @@ impl BlockPlan {
     pub fn check_mask(&self, mask: &Mask) -> Result<(), MaskError> {
         let (expected, found) = (mask.fingerprint(), self.fingerprint);
         if found == Some(expected) { Ok(()) } else { Err(MaskError::AnotherMask { expected, found }) }
+    }
+
+    /// Every point of query `i`, a boolean a key, `true` where it is visible.
+    pub fn query(&self, b: u32, h: u32, i: u32) -> Vec<bool> {
+        let mut out = vec![false; self.extent.seq_kv as usize];
+        let blocks = self.row(b, h, i / self.tile.bq);
+        let keys = |j: u32| self.tile.keys(self.extent, j);
+        for &j in blocks.full {
+            out[keys(j).start as usize..keys(j).end as usize].fill(true);
+        }
+        let width = self.tile.row_words();
+        for (&j, &bitmap) in blocks.partial.iter().zip(blocks.bitmaps) {
+            let row = &self.bitmap(bitmap)[(i % self.tile.bq) as usize * width..][..width];
+            for (c, key) in (0..).zip(keys(j)) {
+                out[key as usize] = flat::bit_is_set(row[c as usize / 32], c);
+            }
+        }
+        out
     }
 
     /// Visible points of each bitmap.

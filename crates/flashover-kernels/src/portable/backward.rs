@@ -6,12 +6,12 @@
 use cubecl::prelude::*;
 
 use super::element::{Numbers, head_of};
-use super::gradient::{Side, score_gradients, statistics};
+use super::gradient::{score_gradients, statistics};
 use super::tile::{
     LANES, PIECE, TileConfig, V4, chunk_count, head_rows, product_scores, product_values, store_lanes, store_weights,
     unit_place,
 };
-use super::walk::{key_tiles, query_tiles, tile_is_full};
+use super::walk::{Side, key_step, key_walk, query_step, query_walk, work_of};
 
 /// `dq = Σ_j ds_ij · ∂s/∂(q·k) · k_j`. One cube a query tile and head. With `slopes`, also the tile's share of the ALiBi
 /// slope's gradient, into the scratch buffer.
@@ -33,13 +33,11 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let tiles = n.seq_q.div_ceil(bq);
-    let cube = CUBE_POS;
-    if cube >= n.batch as usize * n.heads_q as usize * tiles as usize {
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile);
+    if !work.exists {
         terminate!();
     }
-    let i0 = (tiles - 1 - (cube % tiles as usize) as u32) * bq;
-    let head = (cube / tiles as usize) as u32;
+    let (head, i0) = (work.head, work.tile * bq);
     let (b, h) = (head / n.heads_q, head % n.heads_q);
     let kv = h / (n.heads_q / n.heads_kv);
     let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
@@ -61,32 +59,34 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
     let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
 
-    let walk = key_tiles(i0, at.keys, n, tile);
-    for t in 0..walk.sink_tiles + walk.window_tiles {
-        let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
-        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
-        product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
-        product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
-        slope += score_gradients::<E>(
-            &mut s,
-            &mut dp,
-            &stats,
-            i0 + ty,
-            j0 + tx,
-            full,
-            at,
-            &*scratch,
-            bias,
-            n,
-            true,
-            with_slopes,
-            Side::Queries,
-            with_bias,
-            tile,
-        );
-        if with_dq {
-            store_weights(&dp, &mut weights, tile);
-            product_values::<E>(&weights, k, k_rows, j0, !full, &mut acc, &mut stage, chunks, tile);
+    let walk = key_walk(i0, at, &*scratch, n, tile);
+    for t in 0..walk.steps {
+        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile);
+        if !step.empty {
+            let (j0, full) = (step.j0, step.full);
+            product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
+            product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+            slope += score_gradients::<E>(
+                &mut s,
+                &mut dp,
+                &stats,
+                i0 + ty,
+                j0 + tx,
+                step,
+                at,
+                &*scratch,
+                bias,
+                n,
+                true,
+                with_slopes,
+                Side::Queries,
+                with_bias,
+                tile,
+            );
+            if with_dq {
+                store_weights(&dp, &mut weights, tile);
+                product_values::<E>(&weights, k, k_rows, j0, !full, &mut acc, &mut stage, chunks, tile);
+            }
         }
     }
     if with_dq {
@@ -113,7 +113,8 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             for unit in 0..tile.units() {
                 sum += weights[unit].extract(0usize);
             }
-            scratch[n.slope_partials_at + cube] = u32::reinterpret(sum);
+            let tiles = n.seq_q.div_ceil(bq) as usize;
+            scratch[n.slope_partials_at + head as usize * tiles + work.tile as usize] = u32::reinterpret(sum);
         }
     }
 }
@@ -140,13 +141,11 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bk, bq) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let tiles = n.seq_kv.div_ceil(bk);
-    let cube = CUBE_POS;
-    if cube >= n.batch as usize * n.heads_kv as usize * tiles as usize {
+    let work = work_of(CUBE_POS, n.heads_kv, n.seq_kv, scratch, n, Side::Keys, tile);
+    if !work.exists {
         terminate!();
     }
-    let j0 = (cube % tiles as usize) as u32 * bk;
-    let head = (cube / tiles as usize) as u32;
+    let (head, j0) = (work.head, work.tile * bk);
     let (b, kv) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
     let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
@@ -172,42 +171,44 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
         let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
-        let walk = query_tiles(j0, at.keys, n, tile);
-        for t in walk.first..walk.end {
-            let i0 = t * bq;
-            let full = tile_is_full(i0, tile.cols(), j0, tile.rows(), at.keys, n, with_bias);
-            let stats = statistics(i0 + tx, tile.col_units, at, scratch, n);
-            product_scores::<E>(k, k_rows, j0, q, q_rows, i0, &mut s, &mut stage, tile);
-            if with_dk {
-                let v = v.unwrap();
-                let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
-                product_scores::<E>(v, v_rows, j0, d_o, do_rows, i0, &mut dp, &mut stage, tile);
-            }
-            score_gradients::<E>(
-                &mut s,
-                &mut dp,
-                &stats,
-                i0 + tx,
-                j0 + ty,
-                full,
-                at,
-                scratch,
-                bias,
-                n,
-                true,
-                false,
-                Side::Keys,
-                with_bias,
-                tile,
-            );
-            if with_dv {
-                store_weights(&s, &mut weights, tile);
-                product_values::<E>(&weights, d_o, do_rows, i0, !full, &mut acc_v, &mut stage, chunks_v, tile);
-                sync_cube();
-            }
-            if with_dk {
-                store_weights(&dp, &mut weights, tile);
-                product_values::<E>(&weights, q, q_rows, i0, !full, &mut acc_k, &mut stage, chunks_k, tile);
+        let walk = query_walk(j0, at, scratch, n, tile);
+        for t in 0..walk.steps {
+            let step = query_step(walk, t, j0, at, scratch, n, with_bias, tile);
+            if !step.empty {
+                let (i0, full) = (step.i0, step.full);
+                let stats = statistics(i0 + tx, tile.col_units, at, scratch, n);
+                product_scores::<E>(k, k_rows, j0, q, q_rows, i0, &mut s, &mut stage, tile);
+                if with_dk {
+                    let v = v.unwrap();
+                    let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
+                    product_scores::<E>(v, v_rows, j0, d_o, do_rows, i0, &mut dp, &mut stage, tile);
+                }
+                score_gradients::<E>(
+                    &mut s,
+                    &mut dp,
+                    &stats,
+                    i0 + tx,
+                    j0 + ty,
+                    step,
+                    at,
+                    scratch,
+                    bias,
+                    n,
+                    true,
+                    false,
+                    Side::Keys,
+                    with_bias,
+                    tile,
+                );
+                if with_dv {
+                    store_weights(&s, &mut weights, tile);
+                    product_values::<E>(&weights, d_o, do_rows, i0, !full, &mut acc_v, &mut stage, chunks_v, tile);
+                    sync_cube();
+                }
+                if with_dk {
+                    store_weights(&dp, &mut weights, tile);
+                    product_values::<E>(&weights, q, q_rows, i0, !full, &mut acc_k, &mut stage, chunks_k, tile);
+                }
             }
         }
     }

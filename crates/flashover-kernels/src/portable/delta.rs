@@ -13,7 +13,7 @@ use cubecl::prelude::*;
 use super::element::{Numbers, after_dropout, head_of, score, sees};
 use super::gradient::statistics;
 use super::tile::{LANES, PIECE, TileConfig, V4, head_rows, is_minus_infinity, product_scores, share_sum, unit_place};
-use super::walk::{key_tiles, tile_is_full};
+use super::walk::{Side, key_step, key_walk, work_of};
 
 /// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`, and writes `norm`. One cube a query tile and
 /// head.
@@ -30,14 +30,12 @@ pub(crate) fn delta_kernel<E: Float>(
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
 ) {
-    let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let tiles = n.seq_q.div_ceil(bq);
-    let cube = CUBE_POS;
-    if cube >= n.batch as usize * n.heads_q as usize * tiles as usize {
+    let bq = comptime!(tile.rows() as u32);
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile);
+    if !work.exists {
         terminate!();
     }
-    let i0 = (tiles - 1 - (cube % tiles as usize) as u32) * bq;
-    let head = (cube / tiles as usize) as u32;
+    let (head, i0) = (work.head, work.tile * bq);
     let (b, h) = (head / n.heads_q, head % n.heads_q);
     let kv = h / (n.heads_q / n.heads_kv);
     let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
@@ -61,24 +59,26 @@ pub(crate) fn delta_kernel<E: Float>(
         sums[r] = 0.0f32;
     }
 
-    let walk = key_tiles(i0, at.keys, n, tile);
-    for t in 0..walk.sink_tiles + walk.window_tiles {
-        let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
-        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
-        product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
-        product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
-        #[unroll(tile.unroll)]
-        for e in 0..PIECE {
-            let (r, c) = (e % LANES, e / LANES);
-            let i = i0 + ty + (r * tile.row_units) as u32;
-            let j = j0 + tx + (c * tile.col_units) as u32;
-            let dead = is_minus_infinity(stats.lse[r]);
-            if full || (!dead && sees(i, j, at, &*scratch, n)) {
-                let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
-                if full || !is_minus_infinity(value) {
-                    let weight = select(dead, 0.0f32, (value - stats.lse[r]).exp());
-                    masses[r] += weight;
-                    sums[r] += weight * after_dropout(dp[e], stats.hash[r], j, n);
+    let walk = key_walk(i0, at, &*scratch, n, tile);
+    for t in 0..walk.steps {
+        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile);
+        if !step.empty {
+            let (j0, full) = (step.j0, step.full);
+            product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
+            product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+            #[unroll(tile.unroll)]
+            for e in 0..PIECE {
+                let (r, c) = (e % LANES, e / LANES);
+                let i = i0 + ty + (r * tile.row_units) as u32;
+                let j = j0 + tx + (c * tile.col_units) as u32;
+                let dead = is_minus_infinity(stats.lse[r]);
+                if full || (!dead && sees(i, j, step, at, &*scratch, n)) {
+                    let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
+                    if full || !is_minus_infinity(value) {
+                        let weight = select(dead, 0.0f32, (value - stats.lse[r]).exp());
+                        masses[r] += weight;
+                        sums[r] += weight * after_dropout(dp[e], stats.hash[r], j, n);
+                    }
                 }
             }
         }

@@ -2,6 +2,8 @@
 
 use cubecl::prelude::*;
 
+use super::walk::Step;
+use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::{dropout_keeps, dropout_row};
 use crate::mask::band_allows;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
@@ -41,6 +43,8 @@ pub(crate) struct Numbers {
     pub lengths_at: usize,
     pub slope_partials_at: usize,
     pub bias_partials_at: usize,
+    /// Where the block plan starts.
+    pub plan_at: usize,
     pub mask_at: usize,
     /// Words between batch elements, heads and queries of the packed mask; 0 where it is broadcast.
     pub mask_batch: usize,
@@ -96,9 +100,9 @@ pub(crate) fn head_of<E: Float>(
     Head { batch, head, keys, slope, mask_at, bias_at }
 }
 
-/// Whether query `i` sees key `j`. Both exist or not: what lies outside the tensors is hidden.
+/// Whether query `i` sees key `j` of a tile. Both exist or not: what lies outside the tensors is hidden.
 #[cube]
-pub(crate) fn sees(i: u32, j: u32, at: Head, scratch: &[u32], n: Numbers) -> bool {
+pub(crate) fn sees(i: u32, j: u32, step: Step, at: Head, scratch: &[u32], n: Numbers) -> bool {
     let a = position(i, n);
     let mut seen = i < n.seq_q && (j as i32) < at.keys;
     seen = seen && band_allows(a, j as i32, n.ahead, n.left, n.right, n.sinks);
@@ -106,6 +110,10 @@ pub(crate) fn sees(i: u32, j: u32, at: Head, scratch: &[u32], n: Numbers) -> boo
         let bit = j * n.mask_key;
         let word = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
         seen = (word >> (bit % 32u32)) & 1u32 == 1u32;
+    }
+    if seen && step.bits != 0 {
+        let word = bit_word(0u32, step.row_words, i - step.i0, j - step.j0);
+        seen = bit_is_set(scratch[step.bits + word as usize], j - step.j0);
     }
     seen
 }

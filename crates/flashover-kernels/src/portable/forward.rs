@@ -10,10 +10,10 @@ use super::tile::{
     HIDDEN, LANES, PIECE, TileConfig, V4, chunk_count, head_rows, is_hidden, is_minus_infinity, product_scores,
     product_values, share_maximum, share_sum, store_lanes, store_weights, unit_place,
 };
-use super::walk::{key_tiles, tile_is_full};
+use super::walk::{Side, key_step, key_walk, work_of};
 use crate::softmax::{softmax_init, softmax_init_sink, softmax_rescale};
 
-/// One cube a query tile and head; the last tiles, which are the longest under causal order, go first.
+/// One cube a query tile and head, the longest tiles first.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn forward_kernel<E: Float>(
     q: &Tensor<E>,
@@ -31,13 +31,11 @@ pub(crate) fn forward_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let tiles = n.seq_q.div_ceil(bq);
-    let cube = CUBE_POS;
-    if cube >= n.batch as usize * n.heads_q as usize * tiles as usize {
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile);
+    if !work.exists {
         terminate!();
     }
-    let i0 = (tiles - 1 - (cube % tiles as usize) as u32) * bq;
-    let head = (cube / tiles as usize) as u32;
+    let (head, i0) = (work.head, work.tile * bq);
     let (b, h) = (head / n.heads_q, head % n.heads_q);
     let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
     let kv = h / (n.heads_q / n.heads_kv);
@@ -70,58 +68,60 @@ pub(crate) fn forward_kernel<E: Float>(
         hash[r] = row_hash(head, i0 + ty + comptime!((r * tile.row_units) as u32), n);
     }
 
-    let walk = key_tiles(i0, at.keys, n, tile);
-    for t in 0..walk.sink_tiles + walk.window_tiles {
-        let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.window_first) * bk;
-        let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, with_bias);
-        product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut piece, &mut stage, tile);
-        let mut top = Array::<f32>::new(LANES);
-        #[unroll]
-        for r in 0..LANES {
-            top[r] = m[r];
-        }
-        #[unroll(tile.unroll)]
-        for e in 0..PIECE {
-            let (r, c) = (e % LANES, e / LANES);
-            let i = i0 + ty + (r * tile.row_units) as u32;
-            let j = j0 + tx + (c * tile.col_units) as u32;
-            let mut s = HIDDEN.runtime();
-            if full || sees(i, j, at, scratch, n) {
-                let x = score::<E>(piece[e], i, j, at, bias, n, with_bias);
-                // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
-                if full || !is_minus_infinity(x) {
-                    s = x;
-                    top[r] = max(top[r], x);
-                }
-            }
-            piece[e] = s;
-        }
-        share_maximum(&mut top, &mut weights, tile);
-        let mut grow = Array::<f32>::new(LANES);
-        #[unroll]
-        for r in 0..LANES {
-            grow[r] = softmax_rescale(m[r], top[r]);
-            m[r] = top[r];
-            l[r] *= grow[r];
-        }
-        #[unroll(tile.unroll)]
-        for e in 0..PIECE {
-            let (r, c) = (e % LANES, e / LANES);
-            if !is_hidden(piece[e]) {
-                let p = (piece[e] - m[r]).exp();
-                l[r] += p;
-                piece[e] = after_dropout(p, hash[r], j0 + tx + (c * tile.col_units) as u32, n);
-            }
-        }
-        #[unroll(tile.unroll)]
-        for chunk in 0..chunk_count(n.value_dim, chunks, tile) {
+    let walk = key_walk(i0, at, scratch, n, tile);
+    for t in 0..walk.steps {
+        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile);
+        if !step.empty {
+            let (j0, full) = (step.j0, step.full);
+            product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut piece, &mut stage, tile);
+            let mut top = Array::<f32>::new(LANES);
             #[unroll]
             for r in 0..LANES {
-                acc[chunk * LANES + r] *= V4::new(grow[r]);
+                top[r] = m[r];
             }
+            #[unroll(tile.unroll)]
+            for e in 0..PIECE {
+                let (r, c) = (e % LANES, e / LANES);
+                let i = i0 + ty + (r * tile.row_units) as u32;
+                let j = j0 + tx + (c * tile.col_units) as u32;
+                let mut s = HIDDEN.runtime();
+                if full || sees(i, j, step, at, scratch, n) {
+                    let x = score::<E>(piece[e], i, j, at, bias, n, with_bias);
+                    // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
+                    if full || !is_minus_infinity(x) {
+                        s = x;
+                        top[r] = max(top[r], x);
+                    }
+                }
+                piece[e] = s;
+            }
+            share_maximum(&mut top, &mut weights, tile);
+            let mut grow = Array::<f32>::new(LANES);
+            #[unroll]
+            for r in 0..LANES {
+                grow[r] = softmax_rescale(m[r], top[r]);
+                m[r] = top[r];
+                l[r] *= grow[r];
+            }
+            #[unroll(tile.unroll)]
+            for e in 0..PIECE {
+                let (r, c) = (e % LANES, e / LANES);
+                if !is_hidden(piece[e]) {
+                    let p = (piece[e] - m[r]).exp();
+                    l[r] += p;
+                    piece[e] = after_dropout(p, hash[r], j0 + tx + (c * tile.col_units) as u32, n);
+                }
+            }
+            #[unroll(tile.unroll)]
+            for chunk in 0..chunk_count(n.value_dim, chunks, tile) {
+                #[unroll]
+                for r in 0..LANES {
+                    acc[chunk * LANES + r] *= V4::new(grow[r]);
+                }
+            }
+            store_weights(&piece, &mut weights, tile);
+            product_values::<E>(&weights, v, v_rows, j0, !full, &mut acc, &mut stage, chunks, tile);
         }
-        store_weights(&piece, &mut weights, tile);
-        product_values::<E>(&weights, v, v_rows, j0, !full, &mut acc, &mut stage, chunks, tile);
     }
     share_sum(&mut l, &mut weights, tile);
     #[unroll]

@@ -10,16 +10,8 @@ use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
 use super::tile::{HIDDEN, LANES, PIECE, TileConfig, is_minus_infinity};
+use super::walk::{Side, Step};
 use crate::score::{Alibi, Position, ScoreFunction};
-
-/// Which way a tile lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Side {
-    /// Rows are queries, columns are keys.
-    Queries,
-    /// Rows are keys, columns are queries.
-    Keys,
-}
 
 /// What the forward left of this unit's four queries.
 #[derive(CubeType)]
@@ -69,7 +61,7 @@ pub(crate) fn score_gradients<E: Float>(
     stats: &Statistics,
     i: u32,
     j: u32,
-    full: bool,
+    step: Step,
     at: Head,
     scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
@@ -81,6 +73,7 @@ pub(crate) fn score_gradients<E: Float>(
     #[comptime] tile: TileConfig,
 ) -> f32 {
     let mut slope = 0.0f32;
+    let full = step.full;
     #[unroll(tile.unroll)]
     for e in 0..PIECE {
         let (r, c) = (e % LANES, e / LANES);
@@ -93,7 +86,7 @@ pub(crate) fn score_gradients<E: Float>(
         let mut ds = HIDDEN.runtime();
         let lse = stats.lse[x];
         let dead = is_minus_infinity(lse);
-        if full || (!dead && sees(i, j, at, scratch, n)) {
+        if full || (!dead && sees(i, j, step, at, scratch, n)) {
             let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
             // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
             if full || !is_minus_infinity(value) {

@@ -34,7 +34,19 @@ pub(super) fn iterations(problem: &Problem, tile: TileConfig) -> usize {
     let sums = batch * problem.seq_q.max(slope_partials / (batch * heads_q).max(1)).div_ceil(SUM_UNITS) + SUM_UNITS;
     // What is done once: accumulators that are cleared, rows that are stored, sums that are shared.
     let once = 2 * LANES * (tile.chunks(head_dim) + tile.chunks(value_dim)) + 4 * tile.units();
-    forward.max(of_queries).max(of_keys).max(of_bias).max(sums) + once
+    forward.max(of_queries).max(of_keys).max(of_bias).max(sums) + once + of_plan(problem, tile)
+}
+
+/// What a plan adds: it may list tiles that position hides, which are stepped over, and the bias's gradient looks each tile
+/// up in two lists.
+fn of_plan(problem: &Problem, tile: TileConfig) -> usize {
+    let Some(plan) = problem.plan else { return 0 };
+    let kernel_tiles =
+        |length: usize, of_plan: u32| length.div_ceil(of_plan as usize) * (of_plan as usize).div_ceil(tile.cols());
+    let group = problem.heads_q / problem.heads_kv.max(1);
+    let listed = kernel_tiles(problem.seq_kv, plan.tile.bk) + group * kernel_tiles(problem.seq_q, plan.tile.bq);
+    let looked_up = problem.bias.map_or(0, |_| problem.seq_kv.div_ceil(tile.cols()) * 2 * usize::BITS as usize);
+    listed + looked_up
 }
 
 /// Key tiles that a query tile walks at most.

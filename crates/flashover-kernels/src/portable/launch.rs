@@ -12,6 +12,7 @@ use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum
 use super::reductions::Reductions;
 use super::scratch::{self, Layout, row_statistics};
 use super::tile::TileConfig;
+use super::walk::Side;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use crate::launch_log::{self, Launch};
 use crate::operands::{Gradients, Operands, Wanted};
@@ -37,16 +38,19 @@ pub struct Outputs {
 }
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
-/// both contiguous. Nothing is written for an `lse` that was not asked for.
+/// both contiguous. Nothing is written for an `lse` that was not asked for. `plan` is that of the problem, in
+/// [`flat`](crate::block_plan::flat) form: u32, `[words]`.
 pub fn forward(
     client: &Client,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
+    plan: Option<&DeviceTensor>,
     with_lse: bool,
     tile: TileConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), tile)?;
     check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
     let elem = element_type(problem.element);
     let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
     let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
@@ -56,7 +60,7 @@ pub fn forward(
     let (problem, operands) = visible_part(problem, operands);
     let layout = Layout::of(&problem, None);
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, &layout);
+    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
     let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
     let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
     let (bindings, address) = binding_facts(bound);
@@ -65,7 +69,7 @@ pub fn forward(
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            launcher.cubes(problem.batch * problem.heads_q * problem.seq_q.div_ceil(tile.rows())),
+            launcher.cubes(cubes_of(&problem, Side::Queries, tile)),
             launcher.dim(),
             address,
             operands.q.arg(),
@@ -87,17 +91,19 @@ pub fn forward(
 }
 
 /// Attention backward: the gradients that are [`Wanted`], contiguous, each in the shape and element type of its operand.
-/// What the problem lacks has no gradient.
+/// What the problem lacks has no gradient. `plan` as in [`forward`].
 pub fn backward(
     client: &Client,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
     outputs: &Outputs,
+    plan: Option<&DeviceTensor>,
     wanted: Wanted,
     tile: TileConfig,
 ) -> Result<Gradients<DeviceTensor>, KernelError> {
     check_limits(problem, &DeviceLimits::of(client), tile)?;
     check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
     check_outputs(problem, outputs)?;
     let mut gradients = Gradients::default();
     let rows = problem.batch * problem.heads_q * problem.seq_q;
@@ -123,7 +129,7 @@ pub fn backward(
     let reductions = Reductions::of(&problem, wanted, tile);
     let layout = Layout::of(&problem, Some(&reductions));
     let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, &layout);
+    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
     let call = Backward { launcher, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
     call.row_statistics(rows);
     if scores > 0 {
@@ -206,7 +212,6 @@ impl Backward<'_> {
     }
 
     fn delta(&self) {
-        let Problem { batch, heads_q, seq_q, .. } = *self.problem;
         let Operands { q, k, v, bias, .. } = self.operands;
         let tile = self.launcher.tile;
         let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias);
@@ -216,7 +221,7 @@ impl Backward<'_> {
         unsafe {
             delta_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(batch * heads_q * seq_q.div_ceil(tile.rows())),
+                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile)),
                 self.launcher.dim(),
                 address,
                 q.arg(),
@@ -234,7 +239,7 @@ impl Backward<'_> {
     }
 
     fn queries(&self, dq: Option<&DeviceTensor>, with_slopes: bool) {
-        let Problem { batch, heads_q, seq_q, head_dim, .. } = *self.problem;
+        let head_dim = self.problem.head_dim;
         let Operands { q, k, v, bias, .. } = self.operands;
         let tile = self.launcher.tile;
         let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias).chain(dq);
@@ -244,7 +249,7 @@ impl Backward<'_> {
         unsafe {
             backward_queries_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(batch * heads_q * seq_q.div_ceil(tile.rows())),
+                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile)),
                 self.launcher.dim(),
                 address,
                 q.arg(),
@@ -266,7 +271,7 @@ impl Backward<'_> {
     }
 
     fn keys(&self, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
-        let Problem { batch, heads_kv, seq_kv, head_dim, value_dim, .. } = *self.problem;
+        let Problem { head_dim, value_dim, .. } = *self.problem;
         let Operands { q, k, v, bias, .. } = self.operands;
         let tile = self.launcher.tile;
         // Only dk asks for do · vᵀ.
@@ -278,7 +283,7 @@ impl Backward<'_> {
         unsafe {
             backward_keys_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(batch * heads_kv * seq_kv.div_ceil(tile.rows())),
+                self.launcher.cubes(cubes_of(self.problem, Side::Keys, tile)),
                 self.launcher.dim(),
                 address,
                 q.arg(),
@@ -452,7 +457,33 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: TileConfig) 
             return Err(KernelError::Limit { kernel: "portable", what, device: limits.name.clone(), limit, found });
         }
     }
+    if let Some(plan) = problem.plan
+        && !tile.divides(plan.tile)
+    {
+        let (rows, cols) = (tile.rows() as u32, tile.cols() as u32);
+        let found = [plan.tile.bq, plan.tile.bk];
+        return Err(KernelError::PlanTile { kernel: "portable", expected: [rows.max(cols); 2], found });
+    }
     Ok(())
+}
+
+/// Holds a plan, in [`flat`](crate::block_plan::flat) form, against the problem's.
+fn check_plan(problem: &Problem, plan: Option<&DeviceTensor>) -> Result<(), KernelError> {
+    let shape = problem.plan.map(|plan| [plan.words]);
+    let word = |tensor: &DeviceTensor| tensor.elem == u32::elem_type_native();
+    check("plan", plan, shape.as_ref().map(|shape| &shape[..]), "u32", word)
+}
+
+/// Cubes of a kernel that owns tiles of queries, or of keys: one for each head and each tile, under a plan also for those
+/// that its last tile has past the end.
+fn cubes_of(problem: &Problem, side: Side, tile: TileConfig) -> usize {
+    let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, plan, .. } = *problem;
+    let (heads, len, size) = match side {
+        Side::Queries => (heads_q, seq_q, plan.map(|plan| plan.tile.bq)),
+        Side::Keys => (heads_kv, seq_kv, plan.map(|plan| plan.tile.bk)),
+    };
+    let size = size.map_or(tile.rows(), |size| size as usize);
+    batch * heads * len.div_ceil(size) * (size / tile.rows())
 }
 
 fn check_operands(problem: &Problem, operands: &Operands<DeviceTensor>) -> Result<(), KernelError> {
@@ -513,7 +544,7 @@ fn check(
 fn without_absent_scores(problem: &Problem) -> Problem {
     let mut problem = problem.clone();
     if problem.seq_kv == 0 {
-        (problem.bias, problem.mask) = (None, None);
+        (problem.bias, problem.mask, problem.plan) = (None, None, None);
     }
     problem
 }
@@ -561,6 +592,7 @@ fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
         layout.lengths,
         layout.slope_partials,
         layout.bias_partials,
+        layout.plan,
         layout.mask,
         step(mask[0], mask[1] * mask[2] * row_words),
         step(mask[1], mask[2] * row_words),

@@ -4,11 +4,11 @@
 use cubecl::prelude::*;
 
 use super::element::{Numbers, head_of};
-use super::gradient::{Side, score_gradients, statistics};
+use super::gradient::{score_gradients, statistics};
 use super::tile::{
     PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, store_weights, unit_place,
 };
-use super::walk::{tile_is_empty, tile_is_full};
+use super::walk::{Side, single_step};
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -90,8 +90,8 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
         let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
         for z in 0..key_tiles {
             let j0 = own_j + z * bk;
-            if !tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n) {
-                let full = tile_is_full(i0, tile.rows(), j0, tile.cols(), at.keys, n, true);
+            let step = single_step(i0, j0, at, &*scratch, n, true, tile);
+            if !step.empty {
                 product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
                 product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
                 score_gradients::<E>(
@@ -100,7 +100,7 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
                     &stats,
                     i0 + ty,
                     j0 + tx,
-                    full,
+                    step,
                     at,
                     &*scratch,
                     biases,

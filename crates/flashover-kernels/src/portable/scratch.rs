@@ -31,6 +31,8 @@ pub(crate) struct Layout {
     pub slope_partials: usize,
     /// Partial sums of the bias's gradient, each in the bias's own shape.
     pub bias_partials: usize,
+    /// The block plan in [`flat`](crate::block_plan::flat) form.
+    pub plan: usize,
     /// The mask in its own shape, each row of keys padded to whole words; 1 is visible.
     pub mask: usize,
     /// Words of all sections.
@@ -53,8 +55,9 @@ impl Layout {
         let lengths = section(problem.key_lengths, problem.batch);
         let slope_partials = section(true, backward.map_or(0, |backward| backward.slope_partials));
         let bias_partials = section(true, backward.map_or(0, |backward| backward.bias_partials(problem)));
+        let plan = section(true, problem.plan.map_or(0, |plan| plan.words));
         let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
-        Layout { lse, delta, norm, slopes, sinks, lengths, slope_partials, bias_partials, mask, ..layout }
+        Layout { lse, delta, norm, slopes, sinks, lengths, slope_partials, bias_partials, plan, mask, ..layout }
     }
 
     /// Bytes of all sections.
@@ -68,6 +71,7 @@ pub(crate) fn build(
     launcher: &Launcher,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
+    plan: Option<&DeviceTensor>,
     layout: &Layout,
 ) -> DeviceTensor {
     let word = u32::elem_type_native();
@@ -76,6 +80,7 @@ pub(crate) fn build(
         (problem.alibi.then_some(operands.alibi_slopes.as_ref()).flatten(), layout.slopes),
         (problem.learned_sinks.then_some(operands.learned_sinks.as_ref()).flatten(), layout.sinks),
         (problem.key_lengths.then_some(operands.key_lengths.as_ref()).flatten(), layout.lengths),
+        (problem.plan.and(plan), layout.plan),
     ] {
         let Some(source) = source.filter(|source| source.elements() > 0) else { continue };
         launcher.note_small("copy", 2, 0);

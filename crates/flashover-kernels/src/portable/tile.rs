@@ -11,6 +11,7 @@
 
 use cubecl::prelude::*;
 
+use crate::block_plan::TileSize;
 use crate::problem::MAX_HEAD_DIM;
 
 /// The one vector of the portable kernels: WGSL has nothing wider.
@@ -72,6 +73,13 @@ impl TileConfig {
     /// Columns of the tile, which is also the width of a chunk of values.
     pub const fn cols(&self) -> usize {
         LANES * self.col_units
+    }
+
+    /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
+    pub const fn divides(&self, plan: TileSize) -> bool {
+        let (bq, bk) = (plan.bq as usize, plan.bk as usize);
+        let whole = bq.is_multiple_of(self.rows()) && bk.is_multiple_of(self.rows());
+        whole && bq.is_multiple_of(self.cols()) && bk.is_multiple_of(self.cols())
     }
 
     /// Units of a cube.

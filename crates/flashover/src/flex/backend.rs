@@ -9,6 +9,7 @@ use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
 
 use super::{Float, Inputs, View, backward, forward};
+use crate::SparsePlan;
 use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
 
 /// Calls `$function::<T>` with the storage type `T` of an element type.
@@ -31,7 +32,7 @@ impl AttentionBackend for Flex {
         extras: Extras<Self>,
         plan: Plan,
     ) -> FloatTensor<Self> {
-        let operands = Stored::new(q, k, v, extras);
+        let operands = Stored::new(q, k, v, extras, plan.blocks);
         with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, false)).0
     }
 
@@ -42,7 +43,7 @@ impl AttentionBackend for Flex {
         extras: Extras<Self>,
         plan: Plan,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let operands = Stored::new(q, k, v, extras);
+        let operands = Stored::new(q, k, v, extras, plan.blocks);
         let (o, lse) = with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, true));
         (o, lse.expect("the log-sum-exp was asked for"))
     }
@@ -59,7 +60,7 @@ impl AttentionBackend for Flex {
         plan: Plan,
         wanted: Wanted,
     ) -> InputGradients<Self> {
-        let operands = Stored::new(q, k, v, extras);
+        let operands = Stored::new(q, k, v, extras, plan.blocks);
         let saved = SavedTensors { o, lse: contiguous(lse), do_, dlse: dlse.into_option().map(contiguous) };
         with_storage_type!(plan.problem.element, run_backward(&operands, &saved, &plan.problem, wanted))
     }
@@ -75,6 +76,7 @@ struct Stored {
     alibi_slopes: Option<FlexTensor>,
     learned_sinks: Option<FlexTensor>,
     key_lengths: Option<FlexTensor>,
+    blocks: Option<SparsePlan>,
 }
 
 struct SavedTensors {
@@ -85,7 +87,7 @@ struct SavedTensors {
 }
 
 impl Stored {
-    fn new(q: FlexTensor, k: FlexTensor, v: FlexTensor, extras: Extras<Flex>) -> Self {
+    fn new(q: FlexTensor, k: FlexTensor, v: FlexTensor, extras: Extras<Flex>, blocks: Option<SparsePlan>) -> Self {
         let Extras { bias, mask, alibi_slopes, learned_sinks, key_lengths } = extras;
         Stored {
             q,
@@ -96,6 +98,7 @@ impl Stored {
             alibi_slopes: alibi_slopes.into_option().map(contiguous),
             learned_sinks: learned_sinks.into_option().map(contiguous),
             key_lengths: key_lengths.into_option().map(contiguous),
+            blocks,
         }
     }
 
@@ -112,6 +115,7 @@ impl Stored {
             alibi_slopes: self.alibi_slopes.as_ref().map(elements),
             learned_sinks: self.learned_sinks.as_ref().map(elements),
             key_lengths: self.key_lengths.as_ref().map(elements),
+            plan: self.blocks.as_ref().map(SparsePlan::block_plan),
         }
     }
 }

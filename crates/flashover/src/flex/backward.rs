@@ -19,7 +19,7 @@ use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
 use super::view::View;
 use super::{Inputs, bias_gradient, delta, parallel, simd_name};
 
-/// Queries of a task that computes dq alone.
+/// Queries of a task that computes dq alone, without a plan.
 const QUERIES: usize = 4 * BQ;
 
 /// The gradients that were wanted, each in the shape of its operand, contiguous.
@@ -202,7 +202,7 @@ fn run<T: Float>(context: &Context<'_, T>, saved: &Saved<'_, T>, gradients: &mut
             sweep(context, saved, by_keys(problem, dk, dv));
         }
         if plan != Plan::Keys {
-            sweep(context, saved, by_queries(problem, parts));
+            sweep(context, saved, by_queries(problem, context.task_queries(QUERIES), parts));
         }
     }
     if let (Some(slopes), Some(gradient)) = (slopes, &mut gradients.alibi_slopes) {
@@ -272,24 +272,24 @@ fn by_keys<'x, T: Float>(problem: &Problem, dk: Option<&'x mut [T]>, dv: Option<
     tasks
 }
 
-/// A task for every [`QUERIES`] queries.
-fn by_queries<'x, T: Float>(problem: &Problem, parts: Parts<'x, T>) -> Vec<Task<'x, T>> {
+/// A task for every `size` queries.
+fn by_queries<'x, T: Float>(problem: &Problem, size: usize, parts: Parts<'x, T>) -> Vec<Task<'x, T>> {
     let (seq_q, seq_kv) = (problem.seq_q, problem.seq_kv);
-    let (heads, chunks) = (problem.batch * problem.heads_q, seq_q.div_ceil(QUERIES));
+    let (heads, chunks) = (problem.batch * problem.heads_q, seq_q.div_ceil(size));
     let mut tasks = Vec::with_capacity(heads * chunks);
     let dq = pieces(parts.dq, seq_q * problem.head_dim, heads);
     let slopes = pieces(parts.slopes, seq_q.div_ceil(BQ), heads);
     let bias = pieces(parts.bias, seq_q * seq_kv, heads);
     for (head, ((dq, slopes), bias)) in dq.zip(slopes).zip(bias).enumerate() {
         let h = head % problem.heads_q;
-        let dq = pieces(dq, QUERIES * problem.head_dim, chunks);
-        let slopes = pieces(slopes, QUERIES / BQ, chunks);
-        let bias = pieces(bias, QUERIES * seq_kv, chunks);
+        let dq = pieces(dq, size * problem.head_dim, chunks);
+        let slopes = pieces(slopes, size / BQ, chunks);
+        let bias = pieces(bias, size * seq_kv, chunks);
         for (chunk, ((dq, slopes), bias)) in dq.zip(slopes).zip(bias).enumerate() {
             tasks.push(Task {
                 b: head / problem.heads_q,
                 heads: h..h + 1,
-                queries: chunk * QUERIES..seq_q.min((chunk + 1) * QUERIES),
+                queries: chunk * size..seq_q.min((chunk + 1) * size),
                 keys: 0..seq_kv,
                 parts: Parts { dq, dk: None, dv: None, slopes, bias },
             });

@@ -59,6 +59,7 @@ struct Scratch<R> {
     /// Sums over the broadcast dimensions, `[BQ, BK]`; one row, or one column, if queries, or keys, are among them.
     sums: Vec<f64>,
     row: Vec<R>,
+    walk: Vec<(Tile, TileKind)>,
 }
 
 impl<R: Real> Scratch<R> {
@@ -68,6 +69,7 @@ impl<R: Real> Scratch<R> {
             tile: TileScratch::new(problem),
             sums: vec![0.0; BQ * BK],
             row: vec![R::default(); BK],
+            walk: Vec::new(),
         }
     }
 }
@@ -87,28 +89,29 @@ impl<T: Float> WithSimd for Run<'_, '_, T> {
         let Run { context, saved, scratch, task } = self;
         let Task { b, h, queries, keys, out } = task;
         let [_, _, bias_queries, bias_keys] = context.problem.bias.unwrap_or_default();
-        let Scratch { keys: key_scratch, tile: tile_scratch, sums, row } = scratch;
+        let Scratch { keys: key_scratch, tile: tile_scratch, sums, row, walk } = scratch;
         // One f64 for each element of the piece that this key tile reaches.
         let (rows, whole_row) = (if bias_queries > 1 { queries.len() } else { 1 }, bias_keys > 1);
         sums.fill(0.0);
-        for j0 in keys.clone().step_by(BK) {
+        let mut next = keys.start;
+        while next < keys.end {
+            let j0 = next;
+            next = context.end_of_keys(j0, BK, keys.end);
             for b in b.clone() {
-                let end = keys.end.min(context.keys(b));
+                let end = next.min(context.keys(b));
                 for h in h.clone() {
                     if j0 >= end {
                         continue;
                     }
-                    let tile = Tile { b, h, i0: 0, rows: 0, j0, keys: BK.min(end - j0) };
-                    let blocks = queries.clone().step_by(BQ);
-                    let blocks = blocks.map(|i0| Tile { i0, rows: BQ.min(queries.end - i0), ..tile });
-                    let blocks = blocks.map(|tile| (tile, context.classify(&tile)));
-                    let mut seen = blocks.filter(|(_, kind)| *kind != TileKind::Empty).peekable();
-                    if seen.peek().is_none() {
+                    let tile = Tile { b, h, i0: 0, rows: 0, j0, keys: end - j0, bitmap: None };
+                    walk.clear();
+                    context.list_queries(&tile, &queries, BQ, walk);
+                    if walk.is_empty() {
                         continue;
                     }
                     let kv = (b, h / context.problem.group());
                     let keys = KeyTile::load(context, key_scratch, kv, (j0, tile.keys), true);
-                    for (tile, kind) in seen {
+                    for &(tile, kind) in walk.iter() {
                         let add = |i: usize, _: &[T::Compute], ds: &[T::Compute]| {
                             let r = if rows > 1 { i - queries.start } else { 0 };
                             let sums = &mut sums[r * BK..][..ds.len()];
@@ -119,7 +122,7 @@ impl<T: Float> WithSimd for Run<'_, '_, T> {
                 }
             }
             if whole_row {
-                let columns = BK.min(keys.end - j0);
+                let columns = next - j0;
                 for (r, sums) in sums.chunks_exact_mut(BK).take(rows).enumerate() {
                     row.iter_mut().zip(sums.iter()).for_each(|(x, &sum)| *x = T::Compute::from_f64(sum));
                     T::narrow_slice(&row[..columns], &mut out[r * keys.len() + j0 - keys.start..][..columns]);

@@ -3,6 +3,7 @@
 use std::hint::select_unpredictable;
 use std::ops::Range;
 
+use flashover_kernels::block_plan::{BlockPlan, flat};
 use flashover_kernels::dropout::{Dropout, dropout_row};
 use flashover_kernels::mask::{Band, TileKind};
 use flashover_kernels::problem::Problem;
@@ -25,6 +26,8 @@ pub(super) struct Tile {
     pub rows: usize,
     pub j0: usize,
     pub keys: usize,
+    /// The plan's bitmap of the tile, if it hides anything there.
+    pub bitmap: Option<u32>,
 }
 
 /// A validated problem and its operands, the bias and the mask broadcast to the scores.
@@ -39,6 +42,7 @@ pub(super) struct Context<'a, T: Float> {
     pub scale: T::Compute,
     mask: Option<View<'a, u8>>,
     key_lengths: Option<&'a [i32]>,
+    plan: Option<&'a BlockPlan>,
 }
 
 impl<'a, T: Float> Context<'a, T> {
@@ -55,6 +59,7 @@ impl<'a, T: Float> Context<'a, T> {
         assert_eq!(inputs.alibi_slopes.map(<[_]>::len), p.alibi.then_some(p.heads_q), "number of ALiBi slopes");
         assert_eq!(inputs.learned_sinks.map(<[_]>::len), p.learned_sinks.then_some(p.heads_q), "number of sinks");
         assert_eq!(inputs.key_lengths.map(<[_]>::len), p.key_lengths.then_some(p.batch), "number of key lengths");
+        assert_eq!(inputs.plan.map(BlockPlan::tile), p.plan.map(|plan| plan.tile), "tiles of the plan");
         Context {
             problem,
             q: inputs.q,
@@ -66,6 +71,7 @@ impl<'a, T: Float> Context<'a, T> {
             scale: T::Compute::from_f64(p.scale),
             mask: inputs.mask.map(|x| x.broadcast(p.score_shape())),
             key_lengths: inputs.key_lengths,
+            plan: inputs.plan,
         }
     }
 
@@ -91,16 +97,124 @@ impl<'a, T: Float> Context<'a, T> {
         i as i32 + self.problem.alignment()
     }
 
-    /// Kind of a tile whose keys are all within the key length. A dense mask may hide anything.
+    /// Kind of a tile whose keys are all within the key length, and which the plan lists. A dense mask may hide anything.
     pub fn classify(&self, tile: &Tile) -> TileKind {
         let (a0, j0) = (self.position(tile.i0), tile.j0 as i32);
         let kind = self.problem.band.classify(a0, a0 + tile.rows as i32 - 1, j0, j0 + tile.keys as i32 - 1);
-        if self.mask.is_some() && kind == TileKind::Full { TileKind::Partial } else { kind }
+        let points = self.mask.is_some() || tile.bitmap.is_some();
+        if points && kind == TileKind::Full { TileKind::Partial } else { kind }
     }
 
-    /// Whether query `i` sees key `j`, which is within the key length.
-    pub fn visible(&self, b: usize, h: usize, i: usize, j: usize) -> bool {
-        self.problem.band.allows(self.position(i), j as i32) && self.mask.is_none_or(|mask| mask.at(b, h, i, j) == 0)
+    /// Whether query `i` sees key `j`, both of the tile.
+    pub fn visible(&self, tile: &Tile, i: usize, j: usize) -> bool {
+        self.problem.band.allows(self.position(i), j as i32)
+            && self.mask.is_none_or(|mask| mask.at(tile.b, tile.h, i, j) == 0)
+            && self.plan_row(tile, i).is_none_or(|(words, c0)| {
+                let c = (c0 + j - tile.j0) as u32;
+                flat::bit_is_set(words[c as usize / 32], c)
+            })
+    }
+
+    /// The plan's bits of query `i` of the tile, and the bit of the tile's first key; `None` if the plan hides nothing.
+    #[inline(always)]
+    fn plan_row(&self, tile: &Tile, i: usize) -> Option<(&'a [u32], usize)> {
+        let (plan, bitmap) = (self.plan?, tile.bitmap?);
+        let (size, width) = (plan.tile(), plan.tile().row_words());
+        let row = i % size.bq as usize * width;
+        Some((&plan.bitmap(bitmap)[row..row + width], tile.j0 % size.bk as usize))
+    }
+
+    /// Calls `hide` with every key of the tile, counted from its first, that the plan hides from query `i`.
+    #[inline(always)]
+    fn for_hidden_by_plan(&self, tile: &Tile, i: usize, mut hide: impl FnMut(usize)) {
+        let Some((words, c0)) = self.plan_row(tile, i) else { return };
+        let (mut c, end) = (c0, c0 + tile.keys);
+        while c < end {
+            // What is left of the word, its hidden keys as ones.
+            let mut hidden = !words[c / 32] >> (c % 32);
+            let next = (c / 32 + 1) * 32;
+            if next > end {
+                hidden &= u32::MAX >> (32 - (end - c));
+            }
+            while hidden != 0 {
+                hide(c - c0 + hidden.trailing_zeros() as usize);
+                hidden &= hidden - 1;
+            }
+            c = next;
+        }
+    }
+
+    /// Queries of a block of at most `most`, such that blocks from 0 on never reach over the plan's tiles.
+    pub fn block_queries(&self, most: usize) -> usize {
+        let Some(plan) = self.plan else { return most };
+        let bq = plan.tile().bq as usize;
+        (1..=most.min(bq)).rev().find(|size| bq.is_multiple_of(*size)).unwrap_or(1)
+    }
+
+    /// Queries of a task that walks key tiles and packs each for all of its queries: `few` without a plan. A plan visits a
+    /// key tile less often, so a task takes more queries, as long as there are enough tasks for all threads.
+    pub fn task_queries(&self, few: usize) -> usize {
+        let Some(plan) = self.plan else { return few };
+        let wanted = few as f64 / plan.density().max(1e-3);
+        let p = self.problem;
+        let most = p.batch * p.heads_q * p.seq_q / (8 * rayon::current_num_threads());
+        ((wanted as usize).min(most) / few).max(1) * few
+    }
+
+    /// End of the keys from `j0` on that make one tile: at most `most`, before `end`, and within one tile of the plan.
+    pub fn end_of_keys(&self, j0: usize, most: usize, end: usize) -> usize {
+        let of_plan = self.plan.map_or(end, |plan| (j0 / plan.tile().bk as usize + 1) * plan.tile().bk as usize);
+        (j0 + most).min(end).min(of_plan)
+    }
+
+    /// Key tiles of at most `most` keys, before `end`, that a block of queries visits: what `block` has of keys is
+    /// overwritten. Neighbouring Full tiles of a plan are walked as one.
+    pub fn list_keys(&self, block: &Tile, most: usize, end: usize, out: &mut Vec<(Tile, TileKind)>) {
+        out.clear();
+        let mut push = |start: usize, until: usize, bitmap: Option<u32>| {
+            for j0 in (start..until.min(end)).step_by(most) {
+                let tile = Tile { j0, keys: most.min(until.min(end) - j0), bitmap, ..*block };
+                let kind = self.classify(&tile);
+                if kind != TileKind::Empty {
+                    out.push((tile, kind));
+                }
+            }
+        };
+        let Some(plan) = self.plan else { return push(0, end, None) };
+        let (bq, bk) = (plan.tile().bq as usize, plan.tile().bk as usize);
+        let blocks = plan.row(block.b as u32, block.h as u32, (block.i0 / bq) as u32);
+        for run in blocks.full.chunk_by(|j, next| j + 1 == *next) {
+            push(run[0] as usize * bk, (run[0] as usize + run.len()) * bk, None);
+        }
+        for (&j, &bitmap) in blocks.partial.iter().zip(blocks.bitmaps) {
+            push(j as usize * bk, (j as usize + 1) * bk, Some(bitmap));
+        }
+    }
+
+    /// Adds the blocks of at most `most` of `queries` that a tile of keys visits: what `tile` has of queries is overwritten.
+    pub fn list_queries(&self, tile: &Tile, queries: &Range<usize>, most: usize, out: &mut Vec<(Tile, TileKind)>) {
+        let mut push = |start: usize, until: usize, bitmap: Option<u32>| {
+            let (start, until) = (start.max(queries.start), until.min(queries.end));
+            for i0 in (start..until).step_by(most) {
+                let tile = Tile { i0, rows: most.min(until - i0), bitmap, ..*tile };
+                let kind = self.classify(&tile);
+                if kind != TileKind::Empty {
+                    out.push((tile, kind));
+                }
+            }
+        };
+        let Some(plan) = self.plan else { return push(queries.start, queries.end, None) };
+        let (bq, bk) = (plan.tile().bq as usize, plan.tile().bk as usize);
+        let blocks = plan.column(tile.b as u32, tile.h as u32, (tile.j0 / bk) as u32);
+        let (first, last) = ((queries.start / bq) as u32, (queries.end.div_ceil(bq)) as u32);
+        let within = |list: &[u32]| list.partition_point(|&i| i < first)..list.partition_point(|&i| i < last);
+        for &i in &blocks.full[within(blocks.full)] {
+            push(i as usize * bq, (i as usize + 1) * bq, None);
+        }
+        for n in within(blocks.partial) {
+            let i = blocks.partial[n] as usize;
+            push(i * bq, (i + 1) * bq, Some(blocks.bitmaps[n]));
+        }
     }
 
     /// Score functions over a tile that lies keys down, queries across: `s[j · columns + i]`.
@@ -165,6 +279,11 @@ impl<'a, T: Float> Context<'a, T> {
                         s[i] = select_unpredictable(hides != 0, T::Compute::NEG_INFINITY, s[i]);
                     }
                 }
+            }
+        }
+        if tile.bitmap.is_some() {
+            for i in 0..tile.rows {
+                self.for_hidden_by_plan(tile, tile.i0 + i, |j| s[j * columns + i] = T::Compute::NEG_INFINITY);
             }
         }
     }
@@ -232,11 +351,12 @@ impl<'a, T: Float> Context<'a, T> {
         if let Some(mask) = self.mask {
             let mut row = [0; MAX_KEYS];
             mask_row(&mask, [tile.b, tile.h, i, tile.j0], &mut row[..p.len()]);
-            for ((p, ds), hides) in p.iter_mut().zip(ds).zip(row) {
+            for ((p, ds), hides) in p.iter_mut().zip(&mut *ds).zip(row) {
                 *p = if hides != 0 { zero } else { *p };
                 *ds = if hides != 0 { zero } else { *ds };
             }
         }
+        self.for_hidden_by_plan(tile, i, |j| (p[j], ds[j]) = (zero, zero));
     }
 }
 
@@ -373,10 +493,19 @@ mod tests {
         let (q, k) = (View::contiguous(&zeros[..80], [1, 2, 40, 1]), View::contiguous(&zeros, [1, 2, 70, 1]));
         let bias_view = View::contiguous(&bias, [1, 1, 40, 70]);
         let (bias_input, alibi_slopes) = (Some(bias_view), Some(&slopes[..]));
-        let inputs =
-            Inputs { q, k, v: k, bias: bias_input, mask: None, alibi_slopes, learned_sinks: None, key_lengths: None };
+        let inputs = Inputs {
+            q,
+            k,
+            v: k,
+            bias: bias_input,
+            mask: None,
+            alibi_slopes,
+            learned_sinks: None,
+            key_lengths: None,
+            plan: None,
+        };
         let context = Context::new(&problem, &inputs);
-        let tile = Tile { b: 0, h: 1, i0: 5, rows: 33, j0: 9, keys: 48 };
+        let tile = Tile { b: 0, h: 1, i0: 5, rows: 33, j0: 9, keys: 48, bitmap: None };
         let s: Vec<f32> = (0..33 * 48).map(|n| ((n * 31) % 97) as f32 * 0.25 - 12.0).collect();
         let [across, derivative, down] = pulp::Arch::new().dispatch(Scores(&context, &s, tile));
         for (n, &s) in s.iter().enumerate() {

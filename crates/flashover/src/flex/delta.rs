@@ -15,7 +15,7 @@ use super::sweep::{BK, BQ, KeyScratch, KeyTile, Saved, TileScratch, gradient_til
 use super::tiles::sum;
 use super::view::View;
 
-/// Queries of a task: several blocks share the packing of a key tile.
+/// Queries of a task without a plan: several blocks share the packing of a key tile.
 const QUERIES: usize = 4 * BQ;
 
 /// Both of every query, `[B, Hq, Sq]`.
@@ -40,18 +40,19 @@ pub(super) fn compute<T: Float>(
     let saved = Saved { do_, lse, delta: &zeros, norm: &ones };
     let (mut delta, mut norm) = (zeros.clone(), ones.clone());
     let heads = delta.chunks_mut(problem.seq_q).zip(norm.chunks_mut(problem.seq_q)).enumerate();
+    let queries = context.task_queries(QUERIES);
     let tasks = heads.flat_map(|(head, (delta, norm))| {
-        let blocks = delta.chunks_mut(QUERIES).zip(norm.chunks_mut(QUERIES)).enumerate();
-        blocks.map(move |(block, (delta, norm))| (head, block * QUERIES, delta, norm))
+        let blocks = delta.chunks_mut(queries).zip(norm.chunks_mut(queries)).enumerate();
+        blocks.map(move |(block, (delta, norm))| (head, block * queries, delta, norm))
     });
     let tasks: Vec<_> = tasks.collect();
     let work = rows * problem.seq_kv * problem.head_dim;
     let arch = Arch::new();
-    let scratch = || (KeyScratch::new(problem), TileScratch::new(problem));
-    parallel::for_each(tasks.into_iter(), work, scratch, |(keys, tile), (head, i0, delta, norm)| {
-        let mut sums = [Sums::default(); QUERIES];
-        let sums = &mut sums[..delta.len()];
-        arch.dispatch(Block { context, saved: &saved, keys, tile, head, i0, sums: &mut *sums });
+    let scratch = || (KeyScratch::new(problem), TileScratch::new(problem), Vec::new(), Vec::new());
+    parallel::for_each(tasks.into_iter(), work, scratch, |(keys, tile, walk, sums), (head, i0, delta, norm)| {
+        sums.clear();
+        sums.resize(delta.len(), Sums::default());
+        arch.dispatch(Block { context, saved: &saved, keys, tile, walk, head, i0, sums: &mut *sums });
         let first = head * problem.seq_q + i0;
         let sink = context.sinks.map(|sinks| sinks[head % problem.heads_q].to_f64());
         for (r, (sums, (delta, norm))) in sums.iter().zip(delta.iter_mut().zip(norm)).enumerate() {
@@ -77,12 +78,13 @@ struct Sums {
     delta: f64,
 }
 
-/// At most [`QUERIES`] queries of a head.
+/// Some queries of a head.
 struct Block<'s, 'a, T: Float> {
     context: &'s Context<'a, T>,
     saved: &'s Saved<'a, T>,
     keys: &'s mut KeyScratch<T::Compute>,
     tile: &'s mut TileScratch<T::Compute>,
+    walk: &'s mut Vec<(Tile, TileKind)>,
     head: usize,
     i0: usize,
     /// Of each query, added to.
@@ -94,19 +96,22 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Block { context, saved, keys: key_scratch, tile: tile_scratch, head, i0, sums } = self;
+        let Block { context, saved, keys: key_scratch, tile: tile_scratch, walk, head, i0, sums } = self;
         let (b, h) = (head / context.problem.heads_q, head % context.problem.heads_q);
         let end = context.keys_seen(b, i0 + sums.len() - 1);
-        for j0 in (0..end).step_by(BK) {
+        let mut next = 0;
+        while next < end {
+            let j0 = next;
+            next = context.end_of_keys(j0, BK, end);
             let kv = (b, h / context.problem.group());
-            let first = Tile { b, h, i0, rows: 0, j0, keys: BK.min(end - j0) };
+            let first = Tile { b, h, i0, rows: 0, j0, keys: next - j0, bitmap: None };
+            walk.clear();
+            context.list_queries(&first, &(i0..i0 + sums.len()), BQ, walk);
+            if walk.is_empty() {
+                continue;
+            }
             let keys = KeyTile::load(context, key_scratch, kv, (j0, first.keys), true);
-            for start in (0..sums.len()).step_by(BQ) {
-                let tile = Tile { i0: i0 + start, rows: BQ.min(sums.len() - start), ..first };
-                let kind = context.classify(&tile);
-                if kind == TileKind::Empty {
-                    continue;
-                }
+            for &(tile, kind) in walk.iter() {
                 let add = |i: usize, p: &[T::Compute], ds: &[T::Compute]| {
                     let sums = &mut sums[i - i0];
                     sums.mass += sum(p);

@@ -44,12 +44,13 @@ pub fn forward<T: Float>(problem: &Problem, inputs: &Inputs<'_, T>, o: &mut [T],
     if problem.is_empty() {
         return;
     }
+    let bq = context.block_queries(BQ);
     let mut lse = lse.map(|lse| lse.chunks_mut(problem.seq_q));
-    let mut tasks = Vec::with_capacity(heads * problem.seq_q.div_ceil(BQ));
+    let mut tasks = Vec::with_capacity(heads * problem.seq_q.div_ceil(bq));
     for (head, o) in o.chunks_mut(problem.seq_q * problem.value_dim).enumerate() {
-        let mut lse = lse.as_mut().and_then(Iterator::next).map(|lse| lse.chunks_mut(BQ));
-        for (block, o) in o.chunks_mut(BQ * problem.value_dim).enumerate() {
-            tasks.push((head, block * BQ, o, lse.as_mut().and_then(Iterator::next)));
+        let mut lse = lse.as_mut().and_then(Iterator::next).map(|lse| lse.chunks_mut(bq));
+        for (block, o) in o.chunks_mut(bq * problem.value_dim).enumerate() {
+            tasks.push((head, block * bq, o, lse.as_mut().and_then(Iterator::next)));
         }
     }
     let arch = Arch::new();
@@ -75,10 +76,11 @@ pub fn forward<T: Float>(problem: &Problem, inputs: &Inputs<'_, T>, o: &mut [T],
 pub(super) fn statistics<T: Float>(context: &Context<'_, T>) -> Vec<T::Compute> {
     let problem = context.problem;
     let mut lse = vec![T::Compute::default(); problem.batch * problem.heads_q * problem.seq_q];
+    let bq = context.block_queries(BQ);
     let tasks: Vec<_> = lse
         .chunks_mut(problem.seq_q)
         .enumerate()
-        .flat_map(|(head, lse)| lse.chunks_mut(BQ).enumerate().map(move |(block, lse)| (head, block * BQ, lse)))
+        .flat_map(|(head, lse)| lse.chunks_mut(bq).enumerate().map(move |(block, lse)| (head, block * bq, lse)))
         .collect();
     let arch = Arch::new();
     let work = problem.seq_q * problem.seq_kv * problem.head_dim * problem.batch * problem.heads_q;
@@ -123,6 +125,8 @@ struct Scratch<R> {
     row: Vec<R>,
     softmax: Softmax<R>,
     columns: usize,
+    /// The key tiles of a block.
+    walk: Vec<(Tile, TileKind)>,
 }
 
 /// Online softmax of the columns of a block.
@@ -148,6 +152,7 @@ impl<R: Real> Scratch<R> {
             row: zeros(dv),
             softmax: Softmax { m: zero, l: zero, rescale: zero },
             columns: 0,
+            walk: Vec::new(),
         }
     }
 
@@ -201,7 +206,7 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
         let kv = (b, h / context.problem.group());
         let columns = padded(queries);
         scratch.columns = columns;
-        let Scratch { rows: copies, qt, s, ot, softmax, .. } = scratch;
+        let Scratch { rows: copies, qt, s, ot, softmax, walk, .. } = scratch;
 
         let qt = &mut qt[..d * columns];
         transpose(rows(&context.q, (b, h), i0, queries, copies), queries, context.scale, qt, columns);
@@ -215,12 +220,10 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
         }
 
         let end = context.keys_seen(b, i0 + queries - 1);
-        for j0 in (0..end).step_by(BK) {
-            let tile = Tile { b, h, i0, rows: queries, j0, keys: BK.min(end - j0) };
-            let kind = context.classify(&tile);
-            if kind == TileKind::Empty {
-                continue;
-            }
+        let block = Tile { b, h, i0, rows: queries, j0: 0, keys: 0, bitmap: None };
+        context.list_keys(&block, BK, end, walk);
+        for &(tile, kind) in walk.iter() {
+            let j0 = tile.j0;
             let s = &mut s[..tile.keys * columns];
             let k = rows(&context.k, kv, j0, tile.keys, copies);
             product(simd, (s, columns), k.left(), qt, Shape { m: tile.keys, n: columns, k: d }, false);
@@ -245,7 +248,7 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
             let p = Right { data: s, row: columns };
             let shape = Shape { m: dv, n: columns, k: tile.keys };
             if kind == TileKind::Partial && !all_finite(v, tile.keys, dv) {
-                let sees = |_, i, j| context.visible(b, h, i0 + i, j0 + j);
+                let sees = |_, i, j| context.visible(&tile, i0 + i, j0 + j);
                 product_where((ot, columns), v.left_transposed(), p, Shape { n: queries, ..shape }, sees);
             } else {
                 product(simd, (ot, columns), v.left_transposed(), p, shape, true);

@@ -20,6 +20,7 @@ mod view;
 #[cfg(test)]
 mod tests;
 
+use flashover_kernels::block_plan::BlockPlan;
 use flashover_kernels::launch_log::Launch;
 use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
@@ -48,6 +49,8 @@ pub struct Inputs<'a, T: Float> {
     pub learned_sinks: Option<&'a [T::Compute]>,
     /// Visible keys of each batch element `[B]`; below 0 counts as 0, beyond `Skv` as `Skv`.
     pub key_lengths: Option<&'a [i32]>,
+    /// The block plan, if the problem has one.
+    pub plan: Option<&'a BlockPlan>,
 }
 
 /// The launch that [`forward`] will note for a problem.

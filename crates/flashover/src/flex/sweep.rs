@@ -49,6 +49,8 @@ pub(super) struct Scratch<R> {
     dv: Vec<R>,
     /// A row that is about to be stored.
     row: Vec<R>,
+    /// The tiles of a key tile.
+    walk: Vec<(Tile, TileKind)>,
 }
 
 /// Key tile: rows where they cannot be read in place, and the packed kᵀ `[D, BK]` and vᵀ `[Dv, BK]`.
@@ -118,6 +120,7 @@ impl<R: Real> Scratch<R> {
             dk: vec![R::default(); rows_scratch(BK, d)],
             dv: vec![R::default(); rows_scratch(BK, dv)],
             row: vec![R::default(); d.max(dv)],
+            walk: Vec::new(),
         }
     }
 
@@ -278,13 +281,19 @@ impl<T: Float> WithSimd for Sweep<'_, '_, T> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Sweep { context, saved, scratch, b, heads, queries, keys, mut targets } = self;
         let end = keys.end.min(context.keys(b));
-        for j0 in (keys.start..end).step_by(BK) {
-            let tile = Tile { b, h: heads.start, i0: 0, rows: 0, j0, keys: BK.min(end - j0) };
-            let blocks = || queries.clone().step_by(BQ).map(|i0| Tile { i0, rows: BQ.min(queries.end - i0), ..tile });
-            if blocks().all(|tile| context.classify(&tile) == TileKind::Empty) {
+        let mut next = keys.start;
+        while next < end {
+            let j0 = next;
+            next = context.end_of_keys(j0, BK, end);
+            let tile = Tile { b, h: heads.start, i0: 0, rows: 0, j0, keys: next - j0, bitmap: None };
+            scratch.walk.clear();
+            for h in heads.clone() {
+                context.list_queries(&Tile { h, ..tile }, &queries, BQ, &mut scratch.walk);
+            }
+            if scratch.walk.is_empty() {
                 continue;
             }
-            key_tile(simd, context, saved, scratch, (&heads, &queries), &tile, blocks, &mut targets);
+            key_tile(simd, context, saved, scratch, (&heads, &queries), &tile, &mut targets);
             let at = j0 - keys.start;
             let Problem { head_dim, value_dim, .. } = *context.problem;
             store(&scratch.dk, tile.keys, head_dim, at, &mut scratch.row, &mut targets.dk);
@@ -311,75 +320,66 @@ fn store<T: Float>(
     }
 }
 
-/// One key tile against all query blocks of the sweep.
+/// One key tile against the query blocks of the sweep that see it.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn key_tile<T: Float, S: Simd, Blocks: Iterator<Item = Tile>>(
+fn key_tile<T: Float, S: Simd>(
     simd: S,
     context: &Context<'_, T>,
     saved: &Saved<'_, T>,
     scratch: &mut Scratch<T::Compute>,
     (heads, queries): (&Range<usize>, &Range<usize>),
     tile: &Tile,
-    blocks: impl Fn() -> Blocks,
     targets: &mut Targets<'_, T>,
 ) {
     let problem = context.problem;
     let (d, dv) = (problem.head_dim, problem.value_dim);
     let with_ds = targets.dq.is_some() || targets.dk.is_some() || targets.slopes.is_some() || targets.bias.is_some();
-    let Scratch { keys, tile: tile_scratch, dk: dk_sum, dv: dv_sum, .. } = scratch;
+    let Scratch { keys, tile: tile_scratch, dk: dk_sum, dv: dv_sum, walk, .. } = scratch;
     dk_sum.fill(T::Compute::default());
     dv_sum.fill(T::Compute::default());
     let kv = (tile.b, tile.h / problem.group());
     let keys = KeyTile::load(context, keys, kv, (tile.j0, tile.keys), with_ds);
-    for h in heads.clone() {
-        for tile in blocks() {
-            let tile = Tile { h, ..tile };
-            let kind = context.classify(&tile);
-            if kind == TileKind::Empty {
-                continue;
+    for &(tile, kind) in walk.iter() {
+        let h = tile.h;
+        let mut slope_sum = 0.0;
+        let row_of = |i: usize| (h - heads.start) * queries.len() + i - queries.start;
+        let result = gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, _, ds| {
+            if targets.slopes.is_some() {
+                slope_sum += context.distance_sum(ds, &tile, i);
             }
-            let mut slope_sum = 0.0;
-            let row_of = |i: usize| (h - heads.start) * queries.len() + i - queries.start;
-            let result =
-                gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, _, ds| {
-                    if targets.slopes.is_some() {
-                        slope_sum += context.distance_sum(ds, &tile, i);
-                    }
-                    if let Some(bias) = &mut targets.bias {
-                        T::narrow_slice(ds, &mut bias[row_of(i) * problem.seq_kv + tile.j0..][..ds.len()]);
-                    }
-                });
-            if let Some(slopes) = &mut targets.slopes {
-                slopes[(h - heads.start) * queries.len().div_ceil(BQ) + (tile.i0 - queries.start) / BQ] += slope_sum;
+            if let Some(bias) = &mut targets.bias {
+                T::narrow_slice(ds, &mut bias[row_of(i) * problem.seq_kv + tile.j0..][..ds.len()]);
             }
-            let GradientTile { q, do_, p, ds, hides } = result;
-            let sees = |r, j| saved.alive(context, &tile, r) && context.visible(tile.b, h, tile.i0 + r, tile.j0 + j);
-            let across = Shape { m: tile.keys, n: 0, k: tile.rows };
-            if targets.dv.is_some() {
-                let (sum, p) = ((&mut dv_sum[..], padded(dv)), Left { data: p, row: 1, col: BK });
-                if hides && !all_finite(do_, tile.rows, dv) {
-                    product_where(sum, p, do_.right(), Shape { n: dv, ..across }, |j, _, r| sees(r, j));
-                } else {
-                    product(simd, sum, p, do_.right(), Shape { n: padded(dv), ..across }, true);
-                }
+        });
+        if let Some(slopes) = &mut targets.slopes {
+            slopes[(h - heads.start) * queries.len().div_ceil(BQ) + (tile.i0 - queries.start) / BQ] += slope_sum;
+        }
+        let GradientTile { q, do_, p, ds, hides } = result;
+        let sees = |r, j| saved.alive(context, &tile, r) && context.visible(&tile, tile.i0 + r, tile.j0 + j);
+        let across = Shape { m: tile.keys, n: 0, k: tile.rows };
+        if targets.dv.is_some() {
+            let (sum, p) = ((&mut dv_sum[..], padded(dv)), Left { data: p, row: 1, col: BK });
+            if hides && !all_finite(do_, tile.rows, dv) {
+                product_where(sum, p, do_.right(), Shape { n: dv, ..across }, |j, _, r| sees(r, j));
+            } else {
+                product(simd, sum, p, do_.right(), Shape { n: padded(dv), ..across }, true);
             }
-            if targets.dk.is_some() {
-                let (sum, dst) = ((&mut dk_sum[..], padded(d)), Left { data: ds, row: 1, col: BK });
-                if hides && !all_finite(q, tile.rows, d) {
-                    product_where(sum, dst, q.right(), Shape { n: d, ..across }, |j, _, r| sees(r, j));
-                } else {
-                    product(simd, sum, dst, q.right(), Shape { n: padded(d), ..across }, true);
-                }
+        }
+        if targets.dk.is_some() {
+            let (sum, dst) = ((&mut dk_sum[..], padded(d)), Left { data: ds, row: 1, col: BK });
+            if hides && !all_finite(q, tile.rows, d) {
+                product_where(sum, dst, q.right(), Shape { n: d, ..across }, |j, _, r| sees(r, j));
+            } else {
+                product(simd, sum, dst, q.right(), Shape { n: padded(d), ..across }, true);
             }
-            if let Some(dq) = &mut targets.dq {
-                let sum = (&mut dq[row_of(tile.i0) * d..][..tile.rows * d], d);
-                let (ds, shape) = (Left { data: ds, row: BK, col: 1 }, Shape { m: tile.rows, n: d, k: tile.keys });
-                if hides && !all_finite(keys.k, tile.keys, d) {
-                    product_where(sum, ds, keys.k.right(), shape, |r, _, j| sees(r, j));
-                } else {
-                    product(simd, sum, ds, keys.k.right(), shape, true);
-                }
+        }
+        if let Some(dq) = &mut targets.dq {
+            let sum = (&mut dq[row_of(tile.i0) * d..][..tile.rows * d], d);
+            let (ds, shape) = (Left { data: ds, row: BK, col: 1 }, Shape { m: tile.rows, n: d, k: tile.keys });
+            if hides && !all_finite(keys.k, tile.keys, d) {
+                product_where(sum, ds, keys.k.right(), shape, |r, _, j| sees(r, j));
+            } else {
+                product(simd, sum, ds, keys.k.right(), shape, true);
             }
         }
     }

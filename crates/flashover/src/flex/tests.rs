@@ -200,6 +200,7 @@ impl<T: Float> Case<T> {
             alibi_slopes: self.slopes.as_deref(),
             learned_sinks: self.sinks.as_deref(),
             key_lengths: self.key_lengths.as_deref(),
+            plan: None,
         }
     }
 

@@ -44,7 +44,7 @@ fn cases(element: Element) -> Vec<Case> {
 /// Attention without Fusion.
 fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDevice) -> Results {
     let selection = select(problem, &DeviceLimits::of(&device.client()), KernelChoice::Auto).expect("a kernel");
-    let plan = Plan { problem: problem.clone(), selection: Some(selection) };
+    let plan = Plan { problem: problem.clone(), blocks: None, selection: Some(selection) };
     let element = dtype(problem.element);
     let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, key_lengths } = &inputs.operands;
     let p = problem;

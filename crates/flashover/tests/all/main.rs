@@ -13,3 +13,4 @@ mod nn;
 mod non_finite;
 mod properties;
 mod small;
+mod sparse;
