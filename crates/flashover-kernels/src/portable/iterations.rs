@@ -25,10 +25,10 @@ pub(super) fn iterations(problem: &Problem, tile: TileConfig) -> usize {
     let of_keys = (heads_q / heads_kv.max(1)) * (1 + query_tiles(problem, tile) * (gradient + values_d + values_v));
     let wanted = Wanted { bias: true, alibi_slopes: true, ..Wanted::default() };
     let Reductions { slope_partials, bias_parts } = Reductions::of(problem, wanted, tile);
-    let of_bias = problem.bias.map_or(0, |[b, h, queries, _]| {
+    let of_bias = problem.bias.map_or(0, |[b, h, queries, keys]| {
         let blocks = if queries == 1 { problem.seq_q.div_ceil(tile.rows()) } else { 1 };
         let terms = (batch / b.max(1)) * (heads_q / h.max(1)) * blocks;
-        let row = problem.seq_kv.div_ceil(tile.cols());
+        let row = if keys == 1 { problem.seq_kv.div_ceil(tile.cols()) } else { 1 };
         terms.div_ceil(bias_parts.max(1)) * (1 + row * (1 + gradient)) + bias_parts + PIECE
     });
     let sums = batch * problem.seq_q.max(slope_partials / (batch * heads_q).max(1)).div_ceil(SUM_UNITS) + SUM_UNITS;

@@ -87,7 +87,7 @@ fn count_to(output: &mut [u32], count: u32) {
     let mut i = 0u32;
     while i < count {
         // What the compiler cannot add up in advance.
-        output[0] = output[0] ^ i;
+        output[0] ^= i;
         i += 1;
     }
     output[1] = i;
