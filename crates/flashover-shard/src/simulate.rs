@@ -8,7 +8,7 @@ use crate::architecture::Architecture;
 use crate::error::ShardError;
 use crate::layout::{AttentionLayout, Layout, WeightLayout};
 use crate::mesh::Mesh;
-use crate::model::{MAX_RANKS, Output, ShardedModel, Unsharded, greedy};
+use crate::model::{Output, ShardedModel, Unsharded, check_ranks, greedy};
 use crate::transport::{Row, Section};
 use crate::workload::Phase;
 
@@ -38,6 +38,11 @@ pub struct Simulation {
 }
 
 impl Simulation {
+    /// The largest [`PhaseRun::difference`]; NaN if one is.
+    pub fn difference(&self) -> f64 {
+        self.phases.iter().map(|phase| phase.difference).fold(0.0, larger)
+    }
+
     /// Whether logits, tokens and bytes are as they must be.
     pub fn agrees(&self) -> bool {
         self.moved.iter().all(Row::agrees) && self.phases.iter().all(PhaseRun::agrees)
@@ -94,11 +99,8 @@ impl PhaseRun {
 /// If the model is not sound or the mesh has more chips than can be simulated.
 pub fn small(model: &Architecture, mesh: &Mesh) -> Result<Architecture, ShardError> {
     model.validate()?;
-    let chips = mesh.chips();
-    if chips > MAX_RANKS {
-        return Err(ShardError::field("mesh", format!("at most {MAX_RANKS} logical chips"), chips));
-    }
-    let model_dim = 64_usize.next_multiple_of(chips);
+    check_ranks(mesh)?;
+    let model_dim = 64_usize.next_multiple_of(mesh.chips());
     Ok(Architecture {
         name: format!("small-{}", model.name),
         layers: model.layers.min(2),
@@ -161,8 +163,7 @@ pub fn simulate(
         let step = run_of(Phase::Decode, decode, &found, &last)?;
         all = Some(match all {
             Some(before) => PhaseRun {
-                // A comparison, because `f64::max` would drop a NaN.
-                difference: if before.difference > step.difference { before.difference } else { step.difference },
+                difference: larger(before.difference, step.difference),
                 same_tokens: step.same_tokens && before.same_tokens,
                 ..step
             },
@@ -190,8 +191,26 @@ pub fn difference(found: &Tensor<3>, expected: &Tensor<3>) -> f64 {
         return f64::NAN;
     }
     let [found, expected] = [found, expected].map(|x| x.to_data().iter::<f64>().collect::<Vec<_>>());
-    // `f64::max` would drop a NaN.
-    let max = |m: f64, x: f64| if x.is_nan() || x > m { x } else { m };
-    let largest = expected.iter().fold(0.0, |m, x| max(m, x.abs()));
-    found.iter().zip(&expected).fold(0.0, |m: f64, (a, b)| if m.is_nan() { m } else { max(m, (a - b).abs()) }) / largest
+    let largest = expected.iter().map(|x| x.abs()).fold(0.0, larger);
+    found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, larger) / largest
+}
+
+/// The larger of two numbers, NaN if one is: `f64::max` would drop it.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nan_is_not_lost() {
+        for (numbers, expected) in [(&[1.0, 3.0, 2.0][..], 3.0), (&[][..], 0.0)] {
+            assert_eq!(numbers.iter().copied().fold(0.0, larger), expected);
+        }
+        for numbers in [[f64::NAN, 1.0, 2.0], [1.0, f64::NAN, 2.0], [1.0, 2.0, f64::NAN]] {
+            assert!(numbers.into_iter().fold(0.0, larger).is_nan(), "{numbers:?}");
+        }
+    }
 }
