@@ -143,3 +143,19 @@ fn add_part(tensor: &mut [f64], index: usize, terms: &[f64]) {
         *sum += term;
     }
 }
+
+/// The sum of two passes' gradients, each tensor in f64; what only one pass has is that pass's.
+pub fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>> {
+    let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| match (x, y) {
+        (Some(x), Some(y)) => Some(x.into_iter().zip(y).map(|(x, y)| x + y).collect()),
+        (x, y) => x.or(y),
+    };
+    Gradients {
+        q: add(x.q, y.q),
+        k: add(x.k, y.k),
+        v: add(x.v, y.v),
+        bias: add(x.bias, y.bias),
+        alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
+        learned_sinks: add(x.learned_sinks, y.learned_sinks),
+    }
+}

@@ -8,7 +8,7 @@ use flashover_kernels::operands::Gradients;
 use flashover_kernels::problem::{Element, Problem};
 
 use crate::data::{Inputs, round_to};
-use crate::head::{Head, HeadGradients, gather};
+use crate::head::{Head, HeadGradients, gather, sum};
 use crate::matmul::{Real, matmul, transpose};
 use crate::parallel::map_heads;
 
@@ -34,18 +34,7 @@ pub fn backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
     }
     let through_o = Inputs { dlse: zeros(&inputs.dlse), ..inputs.clone() };
     let through_lse = Inputs { do_: zeros(&inputs.do_), ..inputs.clone() };
-    let (x, y) = (node_backward(problem, &through_o), node_backward(problem, &through_lse));
-    let add = |x: Option<Vec<f64>>, y: Option<Vec<f64>>| {
-        x.zip(y).map(|(x, y)| x.into_iter().zip(y).map(|(x, y)| x + y).collect())
-    };
-    Gradients {
-        q: add(x.q, y.q),
-        k: add(x.k, y.k),
-        v: add(x.v, y.v),
-        bias: add(x.bias, y.bias),
-        alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
-        learned_sinks: add(x.learned_sinks, y.learned_sinks),
-    }
+    sum(node_backward(problem, &through_o), node_backward(problem, &through_lse))
 }
 
 fn node_backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {

@@ -123,8 +123,8 @@ impl Parser {
         let pattern = PATTERNS.iter().find(|pattern| pattern.name == name);
         let pattern = pattern.ok_or_else(|| unknown(column, name))?;
         let numbers = self.numbers()?;
-        if pattern.count.contains(&numbers.len()) && !(pattern.name == "documents" && numbers[0] == 0) {
-            return Ok((pattern.make)(&numbers, self.extent));
+        if let Some(mask) = (pattern.make)(&numbers, self.extent) {
+            return Ok(mask);
         }
         let numbers: Vec<String> = numbers.iter().map(u32::to_string).collect();
         let found = if numbers.is_empty() { "no number".into() } else { format!("`{}`", numbers.join(",")) };
@@ -202,9 +202,11 @@ mod tests {
     #[test]
     fn every_pattern_can_be_written_and_bound() {
         for pattern in &PATTERNS {
-            let numbers = vec!["2"; *pattern.count.start()].join(",");
-            let text =
-                if numbers.is_empty() { pattern.name.to_string() } else { format!("{}:{numbers}", pattern.name) };
+            // A 2 for each number that is not optional.
+            let needed = pattern.numbers.split('[').next().unwrap_or_default();
+            let numbers: Vec<&str> = needed.split(',').filter(|number| !number.is_empty()).map(|_| "2").collect();
+            let colon = if numbers.is_empty() { "" } else { ":" };
+            let text = format!("{}{colon}{}", pattern.name, numbers.join(","));
             parse(&text, EXTENT).unwrap().bind(EXTENT).unwrap_or_else(|error| panic!("{text}: {error}"));
         }
     }

@@ -6,7 +6,7 @@
 use cubecl::prelude::*;
 
 use super::element::{Numbers, head_of};
-use super::gradient::{score_gradients, statistics};
+use super::gradient::{operand_rows, score_gradients, statistics, two_products};
 use super::tile::{
     LANES, PIECE, TileConfig, V4, chunk_count, head_rows, product_scores, product_values, store_lanes, store_weights,
     unit_place,
@@ -39,11 +39,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     }
     let (head, i0) = (work.head, work.tile * bq);
     let (b, h) = (head / n.heads_q, head % n.heads_q);
-    let kv = h / (n.heads_q / n.heads_kv);
-    let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
-    let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
-    let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
-    let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
+    let rows = operand_rows::<E>(q, k, v, d_o, b, h, n);
 
     let mut weights = Shared::<[V4]>::new_slice(tile.weights_len());
     let mut stage = Shared::<[V4]>::new_slice(tile.stage_len());
@@ -64,8 +60,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
         let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile);
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
-            product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
-            product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+            two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
             slope += score_gradients::<E>(
                 &mut s,
                 &mut dp,
@@ -85,7 +80,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             );
             if with_dq {
                 store_weights(&dp, &mut weights, tile);
-                product_values::<E>(&weights, k, k_rows, j0, !full, &mut acc, &mut stage, chunks, tile);
+                product_values::<E>(&weights, k, rows.k, j0, !full, &mut acc, &mut stage, chunks, tile);
             }
         }
     }

@@ -9,7 +9,7 @@
 use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
-use super::tile::{HIDDEN, LANES, PIECE, TileConfig, is_minus_infinity};
+use super::tile::{HIDDEN, LANES, PIECE, Rows, TileConfig, V4, head_rows, is_minus_infinity, product_scores};
 use super::walk::{Side, Step};
 use crate::score::{Alibi, Position, ScoreFunction};
 
@@ -47,6 +47,56 @@ pub(crate) fn statistics(i0: u32, #[comptime] step: usize, at: Head, scratch: &[
         hash[x] = row_hash(head, i, n);
     }
     Statistics { lse, delta, norm, hash }
+}
+
+/// The rows of a query head's operands, and of its key head's.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct OperandRows {
+    q: Rows,
+    pub k: Rows,
+    v: Rows,
+    d_o: Rows,
+}
+
+/// The rows for query head `h` of batch element `b`.
+#[cube]
+pub(crate) fn operand_rows<E: Float>(
+    q: &Tensor<E>,
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    d_o: &Tensor<E>,
+    b: u32,
+    h: u32,
+    n: Numbers,
+) -> OperandRows {
+    let kv = h / (n.heads_q / n.heads_kv);
+    OperandRows {
+        q: head_rows::<E>(q, b, h, n.seq_q, n.head_dim),
+        k: head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim),
+        v: head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim),
+        d_o: head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim),
+    }
+}
+
+/// `s = q · kᵀ` and `dp = do · vᵀ` of the tile whose rows are the queries from `i0` on and whose columns are the keys from
+/// `j0` on. Every kernel that sums along queries takes them here, so that all get the same bits.
+#[cube]
+pub(crate) fn two_products<E: Float>(
+    q: &Tensor<E>,
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    d_o: &Tensor<E>,
+    rows: OperandRows,
+    i0: u32,
+    j0: u32,
+    s: &mut Array<f32>,
+    dp: &mut Array<f32>,
+    stage: &mut Shared<[V4]>,
+    #[comptime] tile: TileConfig,
+) {
+    product_scores::<E>(q, rows.q, i0, k, rows.k, j0, s, stage, tile);
+    product_scores::<E>(d_o, rows.d_o, i0, v, rows.v, j0, dp, stage, tile);
 }
 
 /// Turns products into probabilities and gradients, in place: `s` from `q·k` to `p · mult`, `dp` from `do·v` to `ds`, or

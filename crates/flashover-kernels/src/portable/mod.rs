@@ -10,6 +10,7 @@
 #![allow(clippy::collapsible_if)]
 
 mod backward;
+mod checks;
 mod delta;
 mod element;
 mod forward;
@@ -22,7 +23,8 @@ mod scratch;
 mod tile;
 mod walk;
 
-pub use launch::{BINDINGS, Outputs, backward, check_limits, forward};
+pub use checks::check_limits;
+pub use launch::{BINDINGS, Outputs, backward, forward};
 pub(crate) use launch::{SUM_UNITS, keys_fused, scratch_bytes};
 pub(crate) use reductions::Reductions;
 pub use tile::TileConfig;

@@ -4,10 +4,8 @@
 use cubecl::prelude::*;
 
 use super::element::{Numbers, head_of};
-use super::gradient::{score_gradients, statistics};
-use super::tile::{
-    PIECE, TileConfig, V4, head_rows, is_hidden, is_minus_infinity, product_scores, store_weights, unit_place,
-};
+use super::gradient::{operand_rows, score_gradients, statistics, two_products};
+use super::tile::{PIECE, TileConfig, V4, is_hidden, is_minus_infinity, store_weights, unit_place};
 use super::walk::{Side, single_step};
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
@@ -80,20 +78,15 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     for term in part * share..min((part + 1) * share, terms) {
         let (x, y) = (term / query_tiles, term % query_tiles);
         let (b, h) = (own_b + x / heads, own_h + x % heads);
-        let kv = h / (n.heads_q / n.heads_kv);
         let at = head_of::<E>(b, h, &*scratch, biases, n, true);
-        let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
-        let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
-        let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
-        let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
+        let rows = operand_rows::<E>(q, k, v, d_o, b, h, n);
         let i0 = own_i + y * bq;
         let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
         for z in 0..key_tiles {
             let j0 = own_j + z * bk;
             let step = single_step(i0, j0, at, &*scratch, n, true, tile);
             if !step.empty {
-                product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut s, &mut stage, tile);
-                product_scores::<E>(d_o, do_rows, i0, v, v_rows, j0, &mut dp, &mut stage, tile);
+                two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
                 score_gradients::<E>(
                     &mut s,
                     &mut dp,

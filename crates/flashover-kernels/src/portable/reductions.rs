@@ -27,9 +27,7 @@ impl Reductions {
             slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
             bias_parts: bias.map_or(0, |[b, h, queries, keys]| {
                 let tiles = b * h * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
-                let heads = (batch / b) * (heads_q / h);
-                let terms = heads * if queries == 1 { query_tiles } else { 1 };
-                CUBES.div_ceil(tiles).min(terms)
+                CUBES.div_ceil(tiles).min(bias_terms(problem, [b, h, queries, keys], tile))
             }),
         }
     }
@@ -39,4 +37,10 @@ impl Reductions {
         let elements: usize = problem.bias.map_or(0, |shape| shape.iter().product());
         if self.bias_parts > 1 { self.bias_parts * elements } else { 0 }
     }
+}
+
+/// Query tiles whose sums make one tile of the gradient of a bias of this shape.
+pub(super) fn bias_terms(problem: &Problem, [b, h, queries, _]: [usize; 4], tile: TileConfig) -> usize {
+    let heads = (problem.batch / b) * (problem.heads_q / h);
+    heads * if queries == 1 { problem.seq_q.div_ceil(tile.rows()) } else { 1 }
 }

@@ -118,11 +118,10 @@ pub(crate) struct Step {
     pub row_words: u32,
 }
 
-/// The key tiles that queries `i0 .. i0 + bq` can see. Every other tile is empty.
+/// A walk of no steps.
 #[cube]
-pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileConfig) -> Walk {
-    let bk = comptime!(tile.cols() as i32);
-    let mut walk = Walk {
+fn no_walk() -> Walk {
+    Walk {
         steps: 0u32,
         sink_tiles: 0u32,
         first: 0u32,
@@ -131,7 +130,14 @@ pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptim
         per: 1u32,
         own: 0u32,
         row_words: 0u32,
-    };
+    }
+}
+
+/// The key tiles that queries `i0 .. i0 + bq` can see. Every other tile is empty.
+#[cube]
+pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileConfig) -> Walk {
+    let bk = comptime!(tile.cols() as i32);
+    let mut walk = no_walk();
     if n.plan_at != 0 {
         let bq = scratch[n.plan_at + header::BQ];
         let row = plane_of(at, scratch, n) * scratch[n.plan_at + header::QUERY_TILES] + i0 / bq;
@@ -186,16 +192,7 @@ pub(crate) fn key_step(
 /// The query tiles that can see keys `j0 .. j0 + bk`.
 #[cube]
 pub(crate) fn query_walk(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileConfig) -> Walk {
-    let mut walk = Walk {
-        steps: 0u32,
-        sink_tiles: 0u32,
-        first: 0u32,
-        full: 0u32,
-        partial: 0u32,
-        per: 1u32,
-        own: 0u32,
-        row_words: 0u32,
-    };
+    let mut walk = no_walk();
     if n.plan_at != 0 {
         let bk = scratch[n.plan_at + header::BK];
         let column = plane_of(at, scratch, n) * scratch[n.plan_at + header::KEY_TILES] + j0 / bk;

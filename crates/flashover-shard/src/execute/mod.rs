@@ -58,9 +58,7 @@ impl<'a> Pass<'a> {
             let lengths: Vec<_> = tokens.iter().map(Vec::len).collect();
             return Err(ShardError::field("tokens", format!("{batch} sequences of {length}"), format!("{lengths:?}")));
         }
-        if let Some(token) = tokens.iter().flatten().find(|&&token| token as usize >= model.vocabulary) {
-            return Err(ShardError::field("token", format!("below the vocabulary of {}", model.vocabulary), token));
-        }
+        check_vocabulary(model, tokens)?;
         Pass::without_tokens(model, (program, sizes), mesh, past).map(|pass| Pass { tokens, ..pass })
     }
 
@@ -92,6 +90,14 @@ impl<'a> Pass<'a> {
 
     fn dims(&self, id: TensorId) -> Vec<Dim> {
         self.spec(id).dims().iter().map(|d| d.dim).collect()
+    }
+}
+
+/// Refuses a token that a model does not have.
+pub(crate) fn check_vocabulary(model: &Architecture, tokens: &[Vec<u32>]) -> Result<(), ShardError> {
+    match tokens.iter().flatten().find(|&&token| token as usize >= model.vocabulary) {
+        Some(token) => Err(ShardError::field("token", format!("below the vocabulary of {}", model.vocabulary), token)),
+        None => Ok(()),
     }
 }
 

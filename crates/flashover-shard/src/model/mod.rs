@@ -119,9 +119,7 @@ impl ShardedModel {
         positions: usize,
         device: &Device,
     ) -> Result<Self, ShardError> {
-        if mesh.chips() > MAX_RANKS {
-            return Err(ShardError::field("mesh", format!("at most {MAX_RANKS} logical chips"), mesh.chips()));
-        }
+        check_ranks(&mesh)?;
         let options = shared_options(&model, &mesh, layouts)?;
         let stored = |layout: Layout| {
             let batch = layout.batch_unit(&model, &mesh, Phase::Prefill, options)?;
@@ -279,6 +277,14 @@ fn on_every_rank<T: Transport + Send, R: Send>(
     failed.sort_by_key(|result| matches!(result, Err(ShardError::Stopped { .. })));
     failed.into_iter().next().map_or(Ok(()), |first| first.map(drop))?;
     made.into_iter().collect()
+}
+
+/// Refuses a mesh of more than [`MAX_RANKS`] chips.
+pub(crate) fn check_ranks(mesh: &Mesh) -> Result<(), ShardError> {
+    match mesh.chips() {
+        ..=MAX_RANKS => Ok(()),
+        chips => Err(ShardError::field("mesh", format!("at most {MAX_RANKS} logical chips"), chips)),
+    }
 }
 
 /// Options under which the padded heads of all layouts agree: those that each would take, or else the number of chips.

@@ -7,7 +7,7 @@ use flashover::{AttentionOptions, attention};
 use super::weights::{INNER, OUTER, block, size};
 use crate::architecture::{Architecture, Block, Mlp};
 use crate::error::ShardError;
-use crate::execute::{embed, nonlinearity, normalize, rotary};
+use crate::execute::{check_vocabulary, embed, nonlinearity, normalize, rotary};
 use crate::spec::{Dim, Sizes};
 
 /// A transformer whose weights lie whole on one device, f32. It keeps no cache: every call goes through all tokens.
@@ -61,9 +61,7 @@ impl Unsharded {
             let lengths: Vec<_> = tokens.iter().map(Vec::len).collect();
             return Err(ShardError::field("tokens", "sequences of one positive length", format!("{lengths:?}")));
         }
-        if let Some(token) = tokens.iter().flatten().find(|&&token| token as usize >= model.vocabulary) {
-            return Err(ShardError::field("token", format!("below the vocabulary of {}", model.vocabulary), token));
-        }
+        check_vocabulary(model, tokens)?;
         let shape = [tokens.len(), length, model.model_dim];
         let rotary = model.rotary.then(|| rotary(model, length, &self.device));
         let table = self.matrix("embedding", 0, 1);

@@ -105,6 +105,13 @@ impl Simulated {
         }
     }
 
+    /// Counts payload; a group of one moves nothing.
+    fn count(&mut self, group: &Group, payload: &[Tensor<4>]) {
+        if group.ranks.len() > 1 {
+            self.traffic.payload += payload.iter().map(bytes).sum::<u64>();
+        }
+    }
+
     /// One piece to each rank of the group, and one from each: the one at this rank's place stays.
     fn exchange(&mut self, group: &Group, mut pieces: Vec<Tensor<4>>) -> Result<Vec<Tensor<4>>, ShardError> {
         if pieces.len() != group.ranks.len() {
@@ -139,17 +146,13 @@ impl Transport for Simulated {
         let group = self.group(axes)?;
         let copies = vec![tensor; group.ranks.len()];
         let all = self.exchange(&group, copies)?;
-        if all.len() > 1 {
-            self.traffic.payload += all.iter().map(bytes).sum::<u64>();
-        }
+        self.count(&group, &all);
         Ok(all)
     }
 
     fn reduce_scatter(&mut self, axes: &[Axis], pieces: Vec<Tensor<4>>) -> Result<Tensor<4>, ShardError> {
         let group = self.group(axes)?;
-        if group.ranks.len() > 1 {
-            self.traffic.payload += pieces.iter().map(bytes).sum::<u64>();
-        }
+        self.count(&group, &pieces);
         Ok(reduce(self.exchange(&group, pieces)?, Reduction::Sum))
     }
 
@@ -178,9 +181,7 @@ impl Transport for Simulated {
 
     fn all_to_all(&mut self, axes: &[Axis], pieces: Vec<Tensor<4>>) -> Result<Vec<Tensor<4>>, ShardError> {
         let group = self.group(axes)?;
-        if group.ranks.len() > 1 {
-            self.traffic.payload += pieces.iter().map(bytes).sum::<u64>();
-        }
+        self.count(&group, &pieces);
         self.exchange(&group, pieces)
     }
 
@@ -213,9 +214,7 @@ impl Transport for Simulated {
             (Some(_), false) => return Err(ShardError::field(field(), "one at the root only", "one")),
             (None, true) => return Err(ShardError::field(field(), "one at the root", "none")),
         };
-        if group.ranks.len() > 1 {
-            self.traffic.payload += bytes(&tensor);
-        }
+        self.count(&group, core::slice::from_ref(&tensor));
         Ok(tensor)
     }
 
