@@ -1,6 +1,7 @@
 //! What each launch costs, computed on the host from the problem alone: the same launches, in the same order, with the
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
+use crate::family::launcher::SUM_UNITS;
 use crate::mask::Band;
 use crate::operands::Wanted;
 use crate::portable::{self, TileConfig};
@@ -92,7 +93,7 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
             costs.push(model.tiled("backward_queries", flops, read + written, bindings));
         }
         if slopes {
-            costs.push(model.small("backward_slopes", partials + heads, 2, portable::SUM_UNITS * size_of::<f32>()));
+            costs.push(model.small("backward_slopes", partials + heads, 2, SUM_UNITS * size_of::<f32>()));
         }
         for (k, v) in if portable::keys_fused(problem) { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
             if k || v {
@@ -104,7 +105,7 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
             }
         }
         if bias {
-            let partials = (reductions.bias_partials(problem) * size_of::<f32>()) as u64;
+            let partials = (reductions.partials(problem).bias * size_of::<f32>()) as u64;
             if reductions.bias_parts == 1 {
                 costs.push(model.tiled("backward_bias", model.products(1, 1), read + model.bias, 7));
             } else {
@@ -115,7 +116,7 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     }
     if sinks {
         let bytes = statistics + 2 * (problem.heads_q * size_of::<f32>()) as u64;
-        costs.push(model.small("backward_sinks", bytes, 2, portable::SUM_UNITS * size_of::<f32>()));
+        costs.push(model.small("backward_sinks", bytes, 2, SUM_UNITS * size_of::<f32>()));
     }
     costs
 }
@@ -197,7 +198,7 @@ impl<'a> Model<'a> {
 
     /// A kernel without matrix products.
     fn small(&self, kernel: &'static str, hbm_bytes: u64, bindings: usize, shared_bytes: usize) -> Cost {
-        let (units, scratch_bytes) = (portable::SUM_UNITS, self.scratch_bytes);
+        let (units, scratch_bytes) = (SUM_UNITS, self.scratch_bytes);
         Cost { kernel, tile: None, flops: 0, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
     }
 }

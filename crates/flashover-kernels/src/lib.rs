@@ -24,6 +24,7 @@ pub mod cost;
 pub mod device;
 #[allow(missing_docs)] // CubeCL's macros generate public items without docs; ours have theirs. So below.
 pub mod dropout;
+pub mod family;
 pub mod launch_log;
 pub mod mask;
 pub mod operands;

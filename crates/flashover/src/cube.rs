@@ -8,8 +8,9 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 use flashover_kernels::device::DeviceTensor;
+use flashover_kernels::family::Outputs;
 use flashover_kernels::operands::{Operands, Wanted};
-use flashover_kernels::portable::{self, Outputs};
+use flashover_kernels::portable;
 use flashover_kernels::select::{Kernel, Selection};
 
 use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};

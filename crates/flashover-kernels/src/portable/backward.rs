@@ -5,13 +5,13 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Numbers, head_of};
 use super::gradient::{operand_rows, score_gradients, statistics, two_products};
 use super::tile::{
     LANES, PIECE, TileConfig, V4, chunk_count, head_rows, product_scores, product_values, store_lanes, store_weights,
     unit_place,
 };
-use super::walk::{Side, key_step, key_walk, query_step, query_walk, work_of};
+use crate::family::element::{Numbers, head_of};
+use crate::family::walk::{Side, key_step, key_walk, query_step, query_walk, work_of};
 
 /// `dq = Σ_j ds_ij · ∂s/∂(q·k) · k_j`. One cube a query tile and head. With `slopes`, also the tile's share of the ALiBi
 /// slope's gradient, into the scratch buffer.
@@ -33,7 +33,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile);
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile.shape());
     if !work.exists {
         terminate!();
     }
@@ -55,9 +55,9 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
     let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
 
-    let walk = key_walk(i0, at, &*scratch, n, tile);
+    let walk = key_walk(i0, at, &*scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile);
+        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
@@ -136,7 +136,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bk, bq) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let work = work_of(CUBE_POS, n.heads_kv, n.seq_kv, scratch, n, Side::Keys, tile);
+    let work = work_of(CUBE_POS, n.heads_kv, n.seq_kv, scratch, n, Side::Keys, tile.shape());
     if !work.exists {
         terminate!();
     }
@@ -166,9 +166,9 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
         let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
-        let walk = query_walk(j0, at, scratch, n, tile);
+        let walk = query_walk(j0, at, scratch, n, tile.shape());
         for t in 0..walk.steps {
-            let step = query_step(walk, t, j0, at, scratch, n, with_bias, tile);
+            let step = query_step(walk, t, j0, at, scratch, n, with_bias, tile.shape());
             if !step.empty {
                 let (i0, full) = (step.i0, step.full);
                 let stats = statistics(i0 + tx, tile.col_units, at, scratch, n);

@@ -1,12 +1,9 @@
-//! What a launch is refused for: a device that cannot run the problem, tensors that are not what the problem says.
-
-use cubecl::prelude::*;
+//! What the portable kernels are refused for: a device that cannot run the problem.
 
 use super::iterations::iterations;
-use super::launch::{BINDINGS, Outputs};
 use super::tile::TileConfig;
-use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
-use crate::operands::Operands;
+use crate::device::{DeviceLimits, KernelError};
+use crate::family::launcher::BINDINGS;
 use crate::problem::Problem;
 
 /// Whether the portable kernels can run the problem in these tiles on a device.
@@ -36,65 +33,4 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: TileConfig) 
         return Err(KernelError::PlanTile { kernel: "portable", expected: [rows.max(cols); 2], found });
     }
     Ok(())
-}
-
-/// Holds a plan, in [`flat`](crate::block_plan::flat) form, against the problem's.
-pub(super) fn check_plan(problem: &Problem, plan: Option<&DeviceTensor>) -> Result<(), KernelError> {
-    let shape = problem.plan.map(|plan| [plan.words]);
-    let word = |tensor: &DeviceTensor| tensor.elem == u32::elem_type_native();
-    check("plan", plan, shape.as_ref().map(|shape| &shape[..]), "u32", word)
-}
-
-pub(super) fn check_operands(problem: &Problem, operands: &Operands<DeviceTensor>) -> Result<(), KernelError> {
-    let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, head_dim, value_dim, .. } = *problem;
-    let elem = element_type(problem.element);
-    let word = |tensor: &DeviceTensor| tensor.elem.size() == size_of::<u32>();
-    let mask = |tensor: &DeviceTensor| matches!(tensor.elem, ElemType::UInt(_) | ElemType::Int(_));
-    let float = |tensor: &DeviceTensor| tensor.elem == elem;
-    check("q", Some(&operands.q), Some(&[batch, heads_q, seq_q, head_dim]), "that of the problem", float)?;
-    check("k", Some(&operands.k), Some(&[batch, heads_kv, seq_kv, head_dim]), "that of the problem", float)?;
-    check("v", Some(&operands.v), Some(&[batch, heads_kv, seq_kv, value_dim]), "that of the problem", float)?;
-    let shape = problem.bias.as_ref().map(|shape| &shape[..]);
-    check("bias", operands.bias.as_ref(), shape, "that of the problem", float)?;
-    let shape = problem.mask.as_ref().map(|shape| &shape[..]);
-    check("mask", operands.mask.as_ref(), shape, "an integer", mask)?;
-    let (heads, batch) = ([heads_q], [batch]);
-    check("alibi_slopes", operands.alibi_slopes.as_ref(), problem.alibi.then_some(&heads[..]), "f32", word)?;
-    check("learned_sinks", operands.learned_sinks.as_ref(), problem.learned_sinks.then_some(&heads[..]), "f32", word)?;
-    check("key_lengths", operands.key_lengths.as_ref(), problem.key_lengths.then_some(&batch[..]), "i32", word)
-}
-
-pub(super) fn check_outputs(problem: &Problem, outputs: &Outputs) -> Result<(), KernelError> {
-    let elem = element_type(problem.element);
-    let float = |tensor: &DeviceTensor| tensor.elem == elem;
-    let word = |tensor: &DeviceTensor| tensor.elem == f32::elem_type_native();
-    check("o", Some(&outputs.o), Some(&problem.output_shape()), "that of the problem", float)?;
-    check("do", Some(&outputs.do_), Some(&problem.output_shape()), "that of the problem", float)?;
-    check("lse", Some(&outputs.lse), Some(&problem.lse_shape()), "f32", word)?;
-    let lse_shape = problem.lse_shape();
-    check("dlse", outputs.dlse.as_ref(), outputs.dlse.as_ref().map(|_| &lse_shape[..]), "f32", word)
-}
-
-/// Holds an operand against its shape by the problem: `None` where the problem has none.
-fn check(
-    operand: &'static str,
-    tensor: Option<&DeviceTensor>,
-    shape: Option<&[usize]>,
-    elements: &'static str,
-    element_fits: impl Fn(&DeviceTensor) -> bool,
-) -> Result<(), KernelError> {
-    let name = |present: bool| if present { "a tensor" } else { "none" };
-    match (tensor, shape) {
-        (None, None) => Ok(()),
-        (Some(tensor), Some(shape)) if tensor.shape != shape => {
-            Err(KernelError::Shape { operand, expected: shape.to_vec(), found: tensor.shape.clone() })
-        }
-        (Some(tensor), Some(_)) if !element_fits(tensor) => {
-            Err(KernelError::OperandElement { operand, expected: elements, found: format!("{:?}", tensor.elem) })
-        }
-        (Some(_), Some(_)) => Ok(()),
-        (tensor, shape) => {
-            Err(KernelError::Presence { operand, expected: name(shape.is_some()), found: name(tensor.is_some()) })
-        }
-    }
 }

@@ -10,10 +10,10 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Numbers, after_dropout, head_of, score, sees};
 use super::gradient::{operand_rows, statistics, two_products};
-use super::tile::{LANES, PIECE, TileConfig, V4, is_minus_infinity, share_sum, unit_place};
-use super::walk::{Side, key_step, key_walk, work_of};
+use super::tile::{LANES, PIECE, TileConfig, V4, share_sum, unit_place};
+use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, score, sees};
+use crate::family::walk::{Side, key_step, key_walk, work_of};
 
 /// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`, and writes `norm`. One cube a query tile and
 /// head.
@@ -31,7 +31,7 @@ pub(crate) fn delta_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let bq = comptime!(tile.rows() as u32);
-    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile);
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, &*scratch, n, Side::Queries, tile.shape());
     if !work.exists {
         terminate!();
     }
@@ -55,9 +55,9 @@ pub(crate) fn delta_kernel<E: Float>(
         sums[r] = 0.0f32;
     }
 
-    let walk = key_walk(i0, at, &*scratch, n, tile);
+    let walk = key_walk(i0, at, &*scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile);
+        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);

@@ -5,12 +5,12 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Numbers, after_dropout, head_of, row_hash, score, sees};
 use super::tile::{
-    HIDDEN, LANES, PIECE, TileConfig, V4, chunk_count, head_rows, is_hidden, is_minus_infinity, product_scores,
-    product_values, share_maximum, share_sum, store_lanes, store_weights, unit_place,
+    HIDDEN, LANES, PIECE, TileConfig, V4, chunk_count, head_rows, is_hidden, product_scores, product_values,
+    share_maximum, share_sum, store_lanes, store_weights, unit_place,
 };
-use super::walk::{Side, key_step, key_walk, work_of};
+use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash, score, sees};
+use crate::family::walk::{Side, key_step, key_walk, work_of};
 use crate::softmax::{softmax_init, softmax_init_sink, softmax_rescale};
 
 /// One cube a query tile and head, the longest tiles first.
@@ -31,7 +31,7 @@ pub(crate) fn forward_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let (bq, bk) = comptime!((tile.rows() as u32, tile.cols() as u32));
-    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile);
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile.shape());
     if !work.exists {
         terminate!();
     }
@@ -68,9 +68,9 @@ pub(crate) fn forward_kernel<E: Float>(
         hash[r] = row_hash(head, i0 + ty + comptime!((r * tile.row_units) as u32), n);
     }
 
-    let walk = key_walk(i0, at, scratch, n, tile);
+    let walk = key_walk(i0, at, scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile);
+        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut piece, &mut stage, tile);

@@ -8,9 +8,11 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Head, Numbers, after_dropout, position, row_hash, score, score_derivative, sees};
-use super::tile::{HIDDEN, LANES, PIECE, Rows, TileConfig, V4, head_rows, is_minus_infinity, product_scores};
-use super::walk::{Side, Step};
+use super::tile::{HIDDEN, LANES, PIECE, Rows, TileConfig, V4, head_rows, product_scores};
+use crate::family::element::{
+    Head, Numbers, after_dropout, is_minus_infinity, position, row_hash, score, score_derivative, sees,
+};
+use crate::family::walk::{Side, Step};
 use crate::score::{Alibi, Position, ScoreFunction};
 
 /// What the forward left of this unit's four queries.

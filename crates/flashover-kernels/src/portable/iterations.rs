@@ -4,9 +4,9 @@
 //! in 22.3.6 by `flashover`'s test `limits::loops_end_when_they_should`): a longer walk stops early, and its sums are
 //! wrong without a word. So such a walk is refused.
 
-use super::launch::SUM_UNITS;
 use super::reductions::{Reductions, bias_terms};
 use super::tile::{LANES, PIECE, STEP, TileConfig};
+use crate::family::launcher::SUM_UNITS;
 use crate::mask::Band;
 use crate::operands::Wanted;
 use crate::problem::Problem;

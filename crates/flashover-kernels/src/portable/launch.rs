@@ -1,41 +1,24 @@
 //! From a problem and its operands to launches.
 
 use cubecl::prelude::*;
-use cubecl::server::CubeCountSelection;
 
 use super::backward::{backward_keys_kernel, backward_queries_kernel};
-use super::checks::{check_limits, check_operands, check_outputs, check_plan};
+use super::checks::check_limits;
 use super::delta::delta_kernel;
-use super::element::NumbersLaunch;
 use super::forward::forward_kernel;
 use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum_kernel, head_sums_kernel};
 use super::reductions::Reductions;
-use super::scratch::{self, Layout, row_statistics};
 use super::tile::TileConfig;
-use super::walk::Side;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
-use crate::launch_log::{self, Launch};
+use crate::family::checks::{check_operands, check_outputs, check_plan};
+use crate::family::element::NumbersLaunch;
+use crate::family::launcher::{
+    Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part, without_absent_scores,
+};
+use crate::family::scratch::{self, Layout, row_statistics};
+use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::Problem;
-
-/// Storage buffers that a launch binds at most; CubeCL takes one more, and WebGPU guarantees 8.
-pub const BINDINGS: usize = 7;
-
-/// Units of a cube of the kernels that do not work on tiles.
-pub(crate) const SUM_UNITS: usize = 64;
-
-/// What the forward returned and what came back for it.
-#[derive(Debug, Clone)]
-pub struct Outputs {
-    /// Output `[B, Hq, Sq, Dv]`.
-    pub o: DeviceTensor,
-    /// Log-sum-exp `[B, Hq, Sq]`, f32.
-    pub lse: DeviceTensor,
-    /// Gradient of `o`, in its element type.
-    pub do_: DeviceTensor,
-    /// Gradient of `lse`, f32, if the loss depends on it.
-    pub dlse: Option<DeviceTensor>,
-}
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
 /// both contiguous. Nothing is written for an `lse` that was not asked for. `plan` is that of the problem, in
@@ -59,18 +42,18 @@ pub fn forward(
     }
     let (problem, operands) = visible_part(problem, operands);
     let layout = Layout::of(&problem, None);
-    let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
     let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
     let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
     let (bindings, address) = binding_facts(bound);
-    launcher.note("forward", bindings);
+    tile.note(&launcher, "forward", bindings);
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            launcher.cubes(cubes_of(&problem, Side::Queries, tile)),
-            launcher.dim(),
+            launcher.cubes(cubes_of(&problem, Side::Queries, tile.shape())),
+            tile.dim(),
             address,
             operands.q.arg(),
             operands.k.arg(),
@@ -127,10 +110,11 @@ pub fn backward(
     let (problem, operands) = visible_part(problem, operands);
     let query_tiles = problem.seq_q.div_ceil(tile.rows());
     let reductions = Reductions::of(&problem, wanted, tile);
-    let layout = Layout::of(&problem, Some(&reductions));
-    let launcher = Launcher { client, tile, scratch_bytes: layout.bytes() };
+    let layout = Layout::of(&problem, Some(reductions.partials(&problem)));
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
-    let call = Backward { launcher, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
+    let call =
+        Backward { launcher, tile, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
     call.row_statistics(rows);
     if scores > 0 {
         call.delta();
@@ -167,7 +151,8 @@ pub fn backward(
 
 /// Bytes of the scratch buffer of a forward, or of a backward and its partial sums.
 pub(crate) fn scratch_bytes(problem: &Problem, backward: Option<&Reductions>) -> usize {
-    Layout::of(&without_absent_scores(problem), backward).bytes()
+    let problem = without_absent_scores(problem);
+    Layout::of(&problem, backward.map(|backward| backward.partials(&problem))).bytes()
 }
 
 /// Whether `dk` and `dv` come from one launch.
@@ -178,6 +163,7 @@ pub(crate) fn keys_fused(problem: &Problem) -> bool {
 /// The launches of one backward.
 struct Backward<'a> {
     launcher: Launcher<'a>,
+    tile: TileConfig,
     problem: &'a Problem,
     operands: &'a Operands<DeviceTensor>,
     outputs: &'a Outputs,
@@ -213,16 +199,16 @@ impl Backward<'_> {
 
     fn delta(&self) {
         let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.launcher.tile;
+        let tile = self.tile;
         let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias);
         let (bindings, address) = binding_facts(bound);
-        self.launcher.note("delta", bindings);
+        tile.note(&self.launcher, "delta", bindings);
         // SAFETY: rows, keys and elements are tested against the checked shapes.
         unsafe {
             delta_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile)),
-                self.launcher.dim(),
+                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile.shape())),
+                tile.dim(),
                 address,
                 q.arg(),
                 k.arg(),
@@ -241,16 +227,16 @@ impl Backward<'_> {
     fn queries(&self, dq: Option<&DeviceTensor>, with_slopes: bool) {
         let head_dim = self.problem.head_dim;
         let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.launcher.tile;
+        let tile = self.tile;
         let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias).chain(dq);
         let (bindings, address) = binding_facts(bound);
-        self.launcher.note("backward_queries", bindings);
+        tile.note(&self.launcher, "backward_queries", bindings);
         // SAFETY: rows, keys and elements are tested against the checked shapes.
         unsafe {
             backward_queries_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile)),
-                self.launcher.dim(),
+                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile.shape())),
+                tile.dim(),
                 address,
                 q.arg(),
                 k.arg(),
@@ -273,18 +259,18 @@ impl Backward<'_> {
     fn keys(&self, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
         let Problem { head_dim, value_dim, .. } = *self.problem;
         let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.launcher.tile;
+        let tile = self.tile;
         // Only dk asks for do · vᵀ.
         let v = dk.map(|_| v);
         let bound = [q, k, &self.outputs.do_, &self.scratch].into_iter().chain(v).chain(bias).chain(dk).chain(dv);
         let (bindings, address) = binding_facts(bound);
-        self.launcher.note("backward_keys", bindings);
+        tile.note(&self.launcher, "backward_keys", bindings);
         // SAFETY: rows, keys and elements are tested against the checked shapes.
         unsafe {
             backward_keys_kernel::launch_unchecked(
                 self.launcher.client,
-                self.launcher.cubes(cubes_of(self.problem, Side::Keys, tile)),
-                self.launcher.dim(),
+                self.launcher.cubes(cubes_of(self.problem, Side::Keys, tile.shape())),
+                tile.dim(),
                 address,
                 q.arg(),
                 k.arg(),
@@ -309,7 +295,7 @@ impl Backward<'_> {
 
     fn bias(&self, bias: &DeviceTensor, dbias: &DeviceTensor) {
         let Operands { q, k, v, .. } = self.operands;
-        let tile = self.launcher.tile;
+        let tile = self.tile;
         let &[batch, heads, queries, keys] = &dbias.shape[..] else {
             unreachable!("a checked bias has four dimensions")
         };
@@ -317,14 +303,14 @@ impl Backward<'_> {
         let direct = (parts == 1).then_some(dbias);
         let bound = [q, k, v, &self.outputs.do_, bias, &self.scratch].into_iter().chain(direct);
         let (bindings, address) = binding_facts(bound);
-        self.launcher.note("backward_bias", bindings);
+        tile.note(&self.launcher, "backward_bias", bindings);
         let tiles = batch * heads * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
         // SAFETY: rows, keys and elements are tested against the checked shapes.
         unsafe {
             bias_gradient_kernel::launch_unchecked(
                 self.launcher.client,
                 self.launcher.cubes(tiles * parts),
-                self.launcher.dim(),
+                tile.dim(),
                 address,
                 q.arg(),
                 k.arg(),
@@ -389,124 +375,13 @@ impl Backward<'_> {
     }
 }
 
-/// What all launches of one call share.
-pub(super) struct Launcher<'a> {
-    pub client: &'a Client,
-    pub tile: TileConfig,
-    /// Bytes of the call's scratch buffer.
-    pub scratch_bytes: usize,
-}
-
-impl Launcher<'_> {
-    /// At least `cubes` cubes, spread over the grid's dimensions where one does not hold them.
-    pub fn cubes(&self, cubes: usize) -> CubeCount {
-        CubeCountSelection::new(self.client, cubes as u32).cube_count()
-    }
-
+impl TileConfig {
     fn dim(&self) -> CubeDim {
-        CubeDim::new_1d(self.tile.units() as u32)
+        CubeDim::new_1d(self.units() as u32)
     }
 
     /// Notes the launch of a kernel over tiles.
-    fn note(&self, kernel: &'static str, bindings: usize) {
-        let Launcher { tile, scratch_bytes, .. } = *self;
-        launch_log::note(|| Launch {
-            kernel,
-            config: tile.to_string(),
-            bindings,
-            shared_bytes: tile.shared_bytes(),
-            units: tile.units(),
-            scratch_bytes,
-        });
+    fn note(&self, launcher: &Launcher, kernel: &'static str, bindings: usize) {
+        launcher.note(kernel, self, bindings, self.shared_bytes(), self.units());
     }
-
-    /// Notes the launch of a kernel without tiles.
-    pub fn note_small(&self, kernel: &'static str, bindings: usize, shared_bytes: usize) {
-        launch_log::note(|| Launch {
-            kernel,
-            config: format!("{SUM_UNITS} units"),
-            bindings,
-            shared_bytes,
-            units: SUM_UNITS,
-            scratch_bytes: self.scratch_bytes,
-        });
-    }
-}
-
-/// How many buffers are bound and how wide their indices are.
-fn binding_facts<'a>(tensors: impl Iterator<Item = &'a DeviceTensor>) -> (usize, AddressType) {
-    tensors.fold((0, AddressType::U32), |(count, address), tensor| (count + 1, address.max(tensor.address_type())))
-}
-
-/// Cubes of a kernel that owns tiles of queries, or of keys: one for each head and each tile, under a plan also for those
-/// that its last tile has past the end.
-fn cubes_of(problem: &Problem, side: Side, tile: TileConfig) -> usize {
-    let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, plan, .. } = *problem;
-    let (heads, len, size) = match side {
-        Side::Queries => (heads_q, seq_q, plan.map(|plan| plan.tile.bq)),
-        Side::Keys => (heads_kv, seq_kv, plan.map(|plan| plan.tile.bk)),
-    };
-    let size = size.map_or(tile.rows(), |size| size as usize);
-    batch * heads * len.div_ceil(size) * (size / tile.rows())
-}
-
-/// The problem without what no score asks for: where there are no keys, empty operands cannot be bound, and are not read.
-fn without_absent_scores(problem: &Problem) -> Problem {
-    let mut problem = problem.clone();
-    if problem.seq_kv == 0 {
-        (problem.bias, problem.mask, problem.plan) = (None, None, None);
-    }
-    problem
-}
-
-/// [`without_absent_scores`], and the operands likewise, `q` standing in for `k` and `v`.
-fn visible_part(problem: &Problem, operands: &Operands<DeviceTensor>) -> (Problem, Operands<DeviceTensor>) {
-    let mut operands = operands.clone();
-    if problem.seq_kv == 0 {
-        (operands.k, operands.v) = (operands.q.clone(), operands.q.clone());
-        (operands.bias, operands.mask) = (None, None);
-    }
-    (without_absent_scores(problem), operands)
-}
-
-fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
-    let (ahead, left, right, sinks) = problem.band.scalars();
-    let (seed_low, seed_high) = problem.dropout.map_or((0, 0), |dropout| dropout.seed_words());
-    let mask = problem.mask.unwrap_or([1; 4]);
-    let row_words = mask[3].div_ceil(32);
-    let step = |size: usize, words: usize| if size == 1 { 0 } else { words };
-    NumbersLaunch::new(
-        problem.batch as u32,
-        problem.heads_q as u32,
-        problem.heads_kv as u32,
-        problem.seq_q as u32,
-        problem.seq_kv as u32,
-        problem.head_dim as u32,
-        problem.value_dim as u32,
-        problem.scale as f32,
-        problem.softcap.unwrap_or(0.0) as f32,
-        ahead,
-        left,
-        right,
-        sinks,
-        seed_low,
-        seed_high,
-        problem.dropout.map_or(0, |dropout| dropout.threshold()),
-        problem.dropout.map_or(1.0, |dropout| dropout.factor()) as f32,
-        f32::NEG_INFINITY,
-        layout.lse,
-        layout.delta,
-        layout.norm,
-        layout.slopes,
-        layout.sinks,
-        layout.lengths,
-        layout.slope_partials,
-        layout.bias_partials,
-        layout.plan,
-        layout.mask,
-        step(mask[0], mask[1] * mask[2] * row_words),
-        step(mask[1], mask[2] * row_words),
-        step(mask[2], row_words),
-        u32::from(mask[3] != 1),
-    )
 }

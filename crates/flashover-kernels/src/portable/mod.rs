@@ -12,19 +12,16 @@
 mod backward;
 mod checks;
 mod delta;
-mod element;
 mod forward;
 mod gradient;
 mod iterations;
 mod launch;
 mod parameters;
 mod reductions;
-mod scratch;
 mod tile;
-mod walk;
 
 pub use checks::check_limits;
-pub use launch::{BINDINGS, Outputs, backward, forward};
-pub(crate) use launch::{SUM_UNITS, keys_fused, scratch_bytes};
+pub use launch::{backward, forward};
+pub(crate) use launch::{keys_fused, scratch_bytes};
 pub(crate) use reductions::Reductions;
 pub use tile::TileConfig;

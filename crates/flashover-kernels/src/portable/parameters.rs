@@ -3,10 +3,10 @@
 
 use cubecl::prelude::*;
 
-use super::element::{Numbers, head_of};
 use super::gradient::{operand_rows, score_gradients, statistics, two_products};
-use super::tile::{PIECE, TileConfig, V4, is_hidden, is_minus_infinity, store_weights, unit_place};
-use super::walk::{Side, single_step};
+use super::tile::{PIECE, TileConfig, V4, is_hidden, store_weights, unit_place};
+use crate::family::element::{Numbers, head_of, is_minus_infinity};
+use crate::family::walk::{Side, single_step};
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -84,7 +84,7 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
         let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
         for z in 0..key_tiles {
             let j0 = own_j + z * bk;
-            let step = single_step(i0, j0, at, &*scratch, n, true, tile);
+            let step = single_step(i0, j0, at, &*scratch, n, true, tile.shape());
             if !step.empty {
                 two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
                 score_gradients::<E>(

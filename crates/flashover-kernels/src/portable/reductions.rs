@@ -1,6 +1,7 @@
 //! How a backward takes its sums: decided from the problem alone, so that launches and [`cost`](crate::cost) agree.
 
 use super::tile::TileConfig;
+use crate::family::scratch::Partials;
 use crate::operands::Wanted;
 use crate::problem::Problem;
 
@@ -32,10 +33,10 @@ impl Reductions {
         }
     }
 
-    /// Words of the partial sums of the bias's gradient; none if each element is summed at once.
-    pub fn bias_partials(&self, problem: &Problem) -> usize {
+    /// Words of the partial sums; none of the bias's if each element is summed at once.
+    pub fn partials(&self, problem: &Problem) -> Partials {
         let elements: usize = problem.bias.map_or(0, |shape| shape.iter().product());
-        if self.bias_parts > 1 { self.bias_parts * elements } else { 0 }
+        Partials { slopes: self.slope_partials, bias: if self.bias_parts > 1 { self.bias_parts * elements } else { 0 } }
     }
 }
 

@@ -12,6 +12,7 @@
 use cubecl::prelude::*;
 
 use crate::block_plan::TileSize;
+use crate::family::tile_shape::TileShape;
 use crate::problem::MAX_HEAD_DIM;
 
 /// The one vector of the portable kernels: WGSL has nothing wider.
@@ -36,12 +37,6 @@ pub(crate) const HIDDEN: f32 = f32::MAX;
 #[cube]
 pub(crate) fn is_hidden(weight: f32) -> bool {
     u32::reinterpret(weight) == 0x7f7f_ffffu32
-}
-
-/// Whether a score or log-sum-exp is −∞.
-#[cube]
-pub(crate) fn is_minus_infinity(x: f32) -> bool {
-    u32::reinterpret(x) == 0xff80_0000u32
 }
 
 /// Sizes of a cube's tile, known when a kernel is compiled.
@@ -75,11 +70,14 @@ impl TileConfig {
         LANES * self.col_units
     }
 
+    /// Rows and columns.
+    pub(crate) const fn shape(&self) -> TileShape {
+        TileShape { rows: self.rows(), cols: self.cols() }
+    }
+
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
     pub const fn divides(&self, plan: TileSize) -> bool {
-        let (bq, bk) = (plan.bq as usize, plan.bk as usize);
-        let whole = bq.is_multiple_of(self.rows()) && bk.is_multiple_of(self.rows());
-        whole && bq.is_multiple_of(self.cols()) && bk.is_multiple_of(self.cols())
+        self.shape().divides(plan)
     }
 
     /// Units of a cube.

@@ -7,9 +7,8 @@
 use cubecl::prelude::*;
 
 use super::element::Numbers;
-use super::launch::{Launcher, SUM_UNITS};
-use super::reductions::Reductions;
-use super::tile::is_minus_infinity;
+use super::element::is_minus_infinity;
+use super::launcher::{Launcher, SUM_UNITS};
 use crate::device::DeviceTensor;
 use crate::operands::Operands;
 use crate::problem::Problem;
@@ -39,9 +38,18 @@ pub(crate) struct Layout {
     pub words: usize,
 }
 
+/// Words of the partial sums of a backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Partials {
+    /// Of the slopes' gradient.
+    pub slopes: usize,
+    /// Of the bias's gradient.
+    pub bias: usize,
+}
+
 impl Layout {
     /// Sections for a forward, or for a backward and its partial sums.
-    pub fn of(problem: &Problem, backward: Option<&Reductions>) -> Self {
+    pub fn of(problem: &Problem, backward: Option<Partials>) -> Self {
         let rows = backward.map_or(0, |_| problem.batch * problem.heads_q * problem.seq_q);
         let mut layout = Layout { words: 1, ..Layout::default() };
         let mut section = |on: bool, words: usize| {
@@ -53,8 +61,8 @@ impl Layout {
         let slopes = section(problem.alibi, problem.heads_q);
         let sinks = section(problem.learned_sinks, problem.heads_q);
         let lengths = section(problem.key_lengths, problem.batch);
-        let slope_partials = section(true, backward.map_or(0, |backward| backward.slope_partials));
-        let bias_partials = section(true, backward.map_or(0, |backward| backward.bias_partials(problem)));
+        let slope_partials = section(true, backward.map_or(0, |partials| partials.slopes));
+        let bias_partials = section(true, backward.map_or(0, |partials| partials.bias));
         let plan = section(true, problem.plan.map_or(0, |plan| plan.words));
         let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
         Layout { lse, delta, norm, slopes, sinks, lengths, slope_partials, bias_partials, plan, mask, ..layout }
@@ -164,7 +172,7 @@ fn pack_mask<B: Int>(
 }
 
 /// `lse`, `−dlse` and 1 into the scratch buffer, the starts of `lse`, `delta` and `norm`: the gradient of `lse` enters every
-/// score's gradient as `p · dlse`, and [`delta_kernel`](super::delta::delta_kernel) does the rest. A unit a row; a row that
+/// score's gradient as `p · dlse`, and the walk that takes `delta` does the rest. A unit a row; a row that
 /// saw nothing keeps 0 and 1.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn row_statistics(

@@ -7,7 +7,7 @@
 use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, position};
-use super::tile::TileConfig;
+use super::tile_shape::TileShape;
 use crate::block_plan::flat::{block_count, block_word, header};
 use crate::mask::{band_tile_empty, band_tile_full};
 
@@ -41,9 +41,9 @@ pub(crate) fn work_of(
     scratch: &[u32],
     n: Numbers,
     #[comptime] side: Side,
-    #[comptime] tile: TileConfig,
+    #[comptime] tile: TileShape,
 ) -> Work {
-    let rows = comptime!(tile.rows() as u32);
+    let rows = comptime!(tile.rows as u32);
     let all_heads = n.batch * heads;
     let mut tiles = seq.div_ceil(rows);
     let mut row_of_plan = 0u32;
@@ -135,19 +135,19 @@ fn no_walk() -> Walk {
 
 /// The key tiles that queries `i0 .. i0 + bq` can see. Every other tile is empty.
 #[cube]
-pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileConfig) -> Walk {
-    let bk = comptime!(tile.cols() as i32);
+pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> Walk {
+    let bk = comptime!(tile.cols as i32);
     let mut walk = no_walk();
     if n.plan_at != 0 {
         let bq = scratch[n.plan_at + header::BQ];
         let row = plane_of(at, scratch, n) * scratch[n.plan_at + header::QUERY_TILES] + i0 / bq;
-        walk.per = scratch[n.plan_at + header::BK] / comptime!(tile.cols() as u32);
+        walk.per = scratch[n.plan_at + header::BK] / comptime!(tile.cols as u32);
         walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
         walk.own = i0 % bq * walk.row_words;
         read_starts(&mut walk, header::ROW_STARTS, row, scratch, n);
     } else {
         let a0 = position(i0, n);
-        let a1 = position(min(i0 + comptime!(tile.rows() as u32), n.seq_q) - 1, n);
+        let a1 = position(min(i0 + comptime!(tile.rows as u32), n.seq_q) - 1, n);
         let sink_keys = max(min(min(n.sinks, a1 + n.ahead + 1), at.keys), 0i32);
         let sink_tiles = (sink_keys + bk - 1) / bk;
         let first_key = max(a0 - n.left, 0i32);
@@ -174,7 +174,7 @@ pub(crate) fn key_step(
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] tile: TileConfig,
+    #[comptime] tile: TileShape,
 ) -> Step {
     let mut j = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.first);
     let mut bits = 0usize;
@@ -183,27 +183,27 @@ pub(crate) fn key_step(
         let (word, part) = (n.plan_at + block as usize, t % walk.per);
         j = scratch[word] * walk.per + part;
         if block >= walk.partial {
-            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols() as u32 / 32)) as usize;
+            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols as u32 / 32)) as usize;
         }
     }
-    step(i0, tile.rows(), j * comptime!(tile.cols() as u32), tile.cols(), bits, walk.row_words, at, n, with_bias)
+    step(i0, tile.rows, j * comptime!(tile.cols as u32), tile.cols, bits, walk.row_words, at, n, with_bias)
 }
 
 /// The query tiles that can see keys `j0 .. j0 + bk`.
 #[cube]
-pub(crate) fn query_walk(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileConfig) -> Walk {
+pub(crate) fn query_walk(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> Walk {
     let mut walk = no_walk();
     if n.plan_at != 0 {
         let bk = scratch[n.plan_at + header::BK];
         let column = plane_of(at, scratch, n) * scratch[n.plan_at + header::KEY_TILES] + j0 / bk;
-        walk.per = scratch[n.plan_at + header::BQ] / comptime!(tile.cols() as u32);
+        walk.per = scratch[n.plan_at + header::BQ] / comptime!(tile.cols as u32);
         walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
         walk.own = j0 % bk / 32u32;
         read_starts(&mut walk, header::COLUMN_STARTS, column, scratch, n);
     } else {
-        let bq = comptime!(tile.cols() as i32);
+        let bq = comptime!(tile.cols as i32);
         let first_row = j0 as i32;
-        let last_row = min(first_row + comptime!(tile.rows() as i32), at.keys) - 1;
+        let last_row = min(first_row + comptime!(tile.rows as i32), at.keys) - 1;
         let shift = position(0u32, n);
         // A sink is seen by everything behind it, whatever the window.
         let sink = first_row < n.sinks;
@@ -229,7 +229,7 @@ pub(crate) fn query_step(
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] tile: TileConfig,
+    #[comptime] tile: TileShape,
 ) -> Step {
     let mut i = t + walk.first;
     let mut bits = 0usize;
@@ -238,11 +238,11 @@ pub(crate) fn query_step(
         let (word, part) = (n.plan_at + block as usize, t % walk.per);
         i = scratch[word] * walk.per + part;
         if block >= walk.partial {
-            let rows = part * comptime!(tile.cols() as u32);
+            let rows = part * comptime!(tile.cols as u32);
             bits = n.plan_at + (scratch[word + 1] + walk.own + rows * walk.row_words) as usize;
         }
     }
-    step(i * comptime!(tile.cols() as u32), tile.cols(), j0, tile.rows(), bits, walk.row_words, at, n, with_bias)
+    step(i * comptime!(tile.cols as u32), tile.cols, j0, tile.rows, bits, walk.row_words, at, n, with_bias)
 }
 
 /// The tile of queries from `i0` and keys from `j0` on by itself, looked up in the plan if there is one.
@@ -254,13 +254,13 @@ pub(crate) fn single_step(
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] tile: TileConfig,
+    #[comptime] tile: TileShape,
 ) -> Step {
     let walk = key_walk(i0, at, scratch, n, tile);
     let mut bits = 0usize;
     let mut listed = true;
     if n.plan_at != 0 {
-        let bk = walk.per * comptime!(tile.cols() as u32);
+        let bk = walk.per * comptime!(tile.cols as u32);
         let (j, count) = (j0 / bk, walk.partial - walk.full);
         let full = place_of(j, walk.full, count, 1u32, scratch, n);
         listed = full < count && scratch[n.plan_at + (walk.full + full) as usize] == j;
@@ -274,8 +274,8 @@ pub(crate) fn single_step(
             }
         }
     }
-    let mut step = step(i0, tile.rows(), j0, tile.cols(), bits, walk.row_words, at, n, with_bias);
-    step.empty = !listed || tile_is_empty(i0, tile.rows(), j0, tile.cols(), at.keys, n);
+    let mut step = step(i0, tile.rows, j0, tile.cols, bits, walk.row_words, at, n, with_bias);
+    step.empty = !listed || tile_is_empty(i0, tile.rows, j0, tile.cols, at.keys, n);
     step
 }
 

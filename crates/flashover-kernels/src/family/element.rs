@@ -169,6 +169,12 @@ pub(crate) fn score<E: Float>(
     s
 }
 
+/// Whether a score or log-sum-exp is −∞.
+#[cube]
+pub(crate) fn is_minus_infinity(x: f32) -> bool {
+    u32::reinterpret(x) == 0xff80_0000u32
+}
+
 /// Derivative of [`score`] for the product: the chain of the parts' derivatives, and the scale. Alibi and bias only add,
 /// so theirs is 1.
 #[cube]
