@@ -50,7 +50,10 @@ impl Corpus {
     ///
     /// As [`read`](Self::read); the repository must still lie where this program was built.
     pub fn own_repository(context: usize) -> Result<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        // Cargo says where it runs from; a program started by itself only knows where it was built, which with a shared
+        // build cache may be another clone.
+        let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let root = Path::new(&package).join("..");
         if !root.is_dir() {
             return Err(format!(
                 "text: expected this repository at {}, where this program was built, found nothing; name a folder of \
