@@ -25,6 +25,8 @@ pub mod device;
 #[allow(missing_docs)] // CubeCL's macros generate public items without docs; ours have theirs. So below.
 pub mod dropout;
 pub mod family;
+#[allow(missing_docs)]
+pub mod hopper;
 pub mod launch_log;
 pub mod mask;
 pub mod operands;

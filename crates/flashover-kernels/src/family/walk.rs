@@ -133,6 +133,12 @@ fn no_walk() -> Walk {
     }
 }
 
+/// A step that is nowhere, for a variable to start as.
+#[cube]
+pub(crate) fn no_step(i0: u32) -> Step {
+    Step { i0, j0: 0u32, full: false, empty: true, bits: 0usize, row_words: 0u32 }
+}
+
 /// The key tiles that queries `i0 .. i0 + bq` can see. Every other tile is empty.
 #[cube]
 pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> Walk {

@@ -1,0 +1,87 @@
+//! From a problem and its operands to launches.
+
+use cubecl::prelude::*;
+
+use super::config::{HopperConfig, PIECE};
+use super::forward::forward_kernel;
+use crate::device::{DeviceTensor, KernelError, element_type};
+use crate::family::checks::{check_operands, check_plan};
+use crate::family::launcher::{Launcher, binding_facts, cubes_of, numbers, visible_part};
+use crate::family::scratch::{self, Layout};
+use crate::family::walk::Side;
+use crate::operands::Operands;
+use crate::problem::{Element, Problem};
+
+/// Attention forward, as [`portable::forward`](crate::portable::forward).
+pub fn forward(
+    client: &Client,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    plan: Option<&DeviceTensor>,
+    with_lse: bool,
+    cfg: HopperConfig,
+) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
+    check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
+    let elem = element_type(problem.element);
+    let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
+    let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
+    if problem.is_empty() {
+        return Ok((o, lse));
+    }
+    let (problem, operands) = visible_part(problem, operands);
+    let layout = Layout::of(&problem, None);
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
+    let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
+    let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
+    let (bindings, address) = binding_facts(bound);
+    launcher.note("forward", &cfg, bindings, cfg.shared_bytes(), cfg.units());
+    let works = cubes_of(&problem, Side::Queries, cfg.shape());
+    let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    let [ns, no, np] = cfg.lanes();
+    let ty = match problem.element {
+        Element::F16 => "f16",
+        _ => "bf16",
+    };
+    let scale = if cfg.plain { problem.scale as f32 } else { 1.0 };
+    // SAFETY: the copy engine keeps to the shapes, which `check_operands` held against the problem; rows and keys are tested.
+    unsafe {
+        forward_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(works.min(multiprocessors) as u32, 1, 1),
+            CubeDim::new_1d(cfg.units() as u32),
+            address,
+            tiles(&operands.q, cfg.bq()),
+            tiles(&operands.k, cfg.bk),
+            tiles(&operands.v, cfg.bk),
+            operands.bias.as_ref().map(DeviceTensor::arg).into(),
+            scratch.buffer(),
+            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 8),
+            lse.as_ref().map(DeviceTensor::buffer).into(),
+            numbers(&problem, &layout),
+            works as u32,
+            scale * core::f32::consts::LOG2_E,
+            problem.bias.is_some(),
+            with_lse,
+            ty.to_string(),
+            cfg,
+            elem,
+            ns,
+            no,
+            np,
+        );
+    }
+    Ok((o, lse))
+}
+
+/// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.
+fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
+    let TensorArg::Handle { .. } = tensor.arg() else { unreachable!("tensors are handles") };
+    // SAFETY: shape and strides are the tensor's own.
+    let arg = unsafe {
+        TensorArg::from_raw_parts(tensor.handle.clone(), tensor.strides.clone().into(), tensor.shape.clone().into())
+    };
+    let args = TiledArgs { tile_size: [1, 1, rows, PIECE].into() };
+    TensorMapArg::new(args, arg, tensor.elem).with_swizzle(TensorMapSwizzle::B128)
+}

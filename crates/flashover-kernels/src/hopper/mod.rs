@@ -1,0 +1,16 @@
+//! The kernels of NVIDIA's Hopper GPUs (sm90): tiles come through the copy engine, products run on `wgmma`.
+
+// Operands, strides, tiles and flags: a kernel has many arguments, and naming bundles of them would not make it clearer.
+#![allow(clippy::too_many_arguments)]
+// A comptime `if` around a run-time one removes its body; the two conditions joined would not.
+#![allow(clippy::collapsible_if)]
+
+mod config;
+mod forward;
+mod launch;
+mod ptx;
+mod ring;
+mod rows;
+
+pub use config::HopperConfig;
+pub use launch::forward;

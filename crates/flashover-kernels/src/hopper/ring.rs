@@ -1,0 +1,57 @@
+//! Rings of tiles in shared memory: which stage is next, and the barriers that say that it is full or free.
+
+use cubecl::prelude::barrier::Barrier;
+use cubecl::prelude::*;
+
+use super::ptx::barrier_address;
+
+/// Where a producer or a consumer stands in a ring.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Ring {
+    pub stage: u32,
+    /// Parity of the phase that ends when the stage is ready.
+    pub parity: u32,
+}
+
+/// The first stage. A producer starts with parity 1, so that it finds the stages free.
+#[cube]
+pub(crate) fn ring_start(parity: u32) -> Ring {
+    Ring { stage: 0u32, parity }
+}
+
+/// The next stage.
+#[cube]
+pub(crate) fn advance(ring: &mut Ring, #[comptime] stages: u32) {
+    ring.stage += 1;
+    if ring.stage == stages {
+        ring.stage = 0u32;
+        ring.parity ^= 1u32;
+    }
+}
+
+/// `count` barriers whose phases end after `arrivals` arrivals. The caller synchronizes before they are used.
+#[cube]
+pub(crate) fn barriers(#[comptime] count: usize, #[comptime] arrivals: u32) -> Sequence<Shared<Barrier>> {
+    let mut all = Sequence::<Shared<Barrier>>::new();
+    #[unroll]
+    for _ in 0..count {
+        let barrier = Barrier::shared_uninit();
+        if UNIT_POS == 0 {
+            barrier.init_manual(arrivals);
+        }
+        all.push(barrier);
+    }
+    all
+}
+
+/// Address of the barrier of a stage.
+#[cube]
+pub(crate) fn address_at(barriers: &Sequence<Shared<Barrier>>, stage: u32, #[comptime] stages: usize) -> u32 {
+    let mut address = barrier_address(&barriers[0]);
+    #[unroll]
+    for s in 1..stages {
+        address = select(stage == comptime!(s as u32), barrier_address(&barriers[s]), address);
+    }
+    address
+}

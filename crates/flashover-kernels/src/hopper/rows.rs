@@ -1,0 +1,278 @@
+//! What a thread of a warpgroup does with its two rows of a product: hides, exponentiates, sums, packs, stores.
+//!
+//! Where the elements of an accumulator stand is told at [`Accumulator`].
+
+use cubecl::prelude::*;
+
+use super::ptx::{Accumulator, exp2, pack, value_of};
+use crate::family::element::{Head, Numbers, after_dropout, position, row_hash, score, sees};
+use crate::family::walk::Step;
+use crate::softmax::softmax_init_sink;
+
+/// Growth of the maximum, in powers of 2, up to which what was accumulated is not rescaled (FlashAttention-4's conditional
+/// rescaling): weights then reach 2⁸, which every 16-bit type holds without loss of precision.
+const SLACK: f32 = 8.0;
+
+/// Where a thread stands.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Place {
+    /// Its first row as a query; the other is 8 further.
+    pub i: u32,
+    /// Its first column in each group of 8; the other is the next.
+    pub column: u32,
+}
+
+/// Online softmax of a thread's two rows. `m` is in the unit of the scores, `l` of this thread's columns only.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct RowState {
+    pub m0: f32,
+    pub m1: f32,
+    pub l0: f32,
+    pub l1: f32,
+    /// Factors of what was accumulated before the last tile.
+    pub grow0: f32,
+    pub grow1: f32,
+}
+
+/// Before any key. A learned sink enters as a score that one thread of a row counts.
+#[cube]
+pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) -> RowState {
+    let mut m = n.minus_infinity;
+    let mut l = 0.0f32;
+    if n.sinks_at != 0 {
+        let start = softmax_init_sink(f32::reinterpret(scratch[n.sinks_at + at.head as usize]));
+        m = start.m;
+        l = select(place.column == 0, start.l, 0.0f32);
+    }
+    RowState { m0: m, m1: m, l0: l, l1: l, grow0: 1.0f32, grow1: 1.0f32 }
+}
+
+/// Scores that a query does not see become −∞. `plain`: only position and length hide.
+#[cube]
+pub(crate) fn hide<N: Size>(
+    s: &mut Accumulator<N>,
+    place: Place,
+    step: Step,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] plain: bool,
+    #[comptime] bk: usize,
+) {
+    if plain {
+        #[unroll]
+        for r in 0..2usize {
+            let a = position(place.i + comptime!(8 * r as u32), n);
+            // As `band_allows`, with the bounds of a row taken once. Nothing at all for rows past the end: they are not stored.
+            let first = max(a - n.left, 0i32) - step.j0 as i32 - place.column as i32;
+            let last = min(a + min(n.right, n.ahead), at.keys - 1) - step.j0 as i32 - place.column as i32;
+            let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - step.j0 as i32 - place.column as i32;
+            #[unroll]
+            for x in 0..comptime!(bk / 4) {
+                let column = comptime!((8 * (x / 2) + x % 2) as i32);
+                let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
+                let seen = (column >= first && column <= last) || column < sinks;
+                s.insert(e, select(seen, s.extract(e), n.minus_infinity));
+            }
+        }
+    } else {
+        #[unroll]
+        for e in 0..comptime!(bk / 2) {
+            let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
+            let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
+            if !sees(i, j, step, at, scratch, n) {
+                s.insert(e, n.minus_infinity);
+            }
+        }
+    }
+}
+
+/// Products become scores: scale, softcap, ALiBi and bias.
+#[cube]
+pub(crate) fn shape_scores<E: Float, N: Size>(
+    s: &mut Accumulator<N>,
+    place: Place,
+    step: Step,
+    at: Head,
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] bk: usize,
+) {
+    #[unroll]
+    for e in 0..comptime!(bk / 2) {
+        let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
+        let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
+        // A bias has no element for what lies past the ends.
+        let (i, j) = (min(i, n.seq_q - 1), min(j, n.seq_kv - 1));
+        s.insert(e, score::<E>(s.extract(e), i, j, at, bias, n, with_bias));
+    }
+}
+
+/// Scores become weights `exp(s − m)`; `m`, `l` and the factors of what was accumulated follow.
+#[cube]
+pub(crate) fn softmax_tile<N: Size>(s: &mut Accumulator<N>, rows: &mut RowState, factor: f32, #[comptime] bk: usize) {
+    let mut top0 = s.extract(0usize);
+    let mut top1 = s.extract(2usize);
+    #[unroll]
+    for x in 1..comptime!(bk / 4) {
+        top0 = max(top0, s.extract(comptime!(4 * (x / 2) + x % 2)));
+        top1 = max(top1, s.extract(comptime!(4 * (x / 2) + 2 + x % 2)));
+    }
+    let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
+    rows.m0 = new_maximum(m0, quad_max(top0), factor);
+    rows.m1 = new_maximum(m1, quad_max(top1), factor);
+    let base0 = exponent_base(rows.m0, factor);
+    let base1 = exponent_base(rows.m1, factor);
+    rows.grow0 = exp2(m0 * factor - base0);
+    rows.grow1 = exp2(m1 * factor - base1);
+    let mut sum0 = rows.l0 * rows.grow0;
+    let mut sum1 = rows.l1 * rows.grow1;
+    #[unroll]
+    for x in 0..comptime!(bk / 4) {
+        let (e0, e1) = comptime!((4 * (x / 2) + x % 2, 4 * (x / 2) + 2 + x % 2));
+        let p0 = exp2(fma(s.extract(e0), factor, -base0));
+        let p1 = exp2(fma(s.extract(e1), factor, -base1));
+        sum0 += p0;
+        sum1 += p1;
+        s.insert(e0, p0);
+        s.insert(e1, p1);
+    }
+    rows.l0 = sum0;
+    rows.l1 = sum1;
+}
+
+/// The maximum that weights are taken against: the old one while that keeps them below 2 to the power of [`SLACK`].
+#[cube]
+fn new_maximum(old: f32, top: f32, factor: f32) -> f32 {
+    // With an old maximum of −∞ the difference is +∞, or NaN where nothing was seen yet; the test is then false.
+    select((top - old) * factor <= SLACK, old, max(old, top))
+}
+
+/// `m · factor`, 0 for a row that has seen nothing.
+#[cube]
+fn exponent_base(m: f32, factor: f32) -> f32 {
+    select(u32::reinterpret(m) == 0xff80_0000u32, 0.0f32, m * factor)
+}
+
+/// Maximum over the four threads of a row.
+#[cube]
+fn quad_max(x: f32) -> f32 {
+    let y = max(x, plane_shuffle_xor(x, 1u32));
+    max(y, plane_shuffle_xor(y, 2u32))
+}
+
+#[cube]
+fn quad_sum(x: f32) -> f32 {
+    let y = x + plane_shuffle_xor(x, 1u32);
+    y + plane_shuffle_xor(y, 2u32)
+}
+
+/// Dropout of the weights, which the sums do not feel.
+#[cube]
+pub(crate) fn drop_weights<N: Size>(
+    s: &mut Accumulator<N>,
+    place: Place,
+    step: Step,
+    at: Head,
+    n: Numbers,
+    #[comptime] bk: usize,
+) {
+    let head = at.batch * n.heads_q + at.head;
+    let (hash0, hash1) = (row_hash(head, place.i, n), row_hash(head, place.i + 8, n));
+    #[unroll]
+    for e in 0..comptime!(bk / 2) {
+        let hash = if comptime!((e / 2) % 2 == 0) { hash0 } else { hash1 };
+        let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
+        s.insert(e, after_dropout(s.extract(e), hash, j, n));
+    }
+}
+
+/// Weights as the operand of the next product: 16 columns are four registers.
+#[cube]
+pub(crate) fn pack_weights<N: Size, P: Size>(
+    s: Accumulator<N>,
+    #[comptime] pair: &str,
+    #[comptime] bk: usize,
+) -> Vector<u32, P> {
+    let mut p = Vector::<u32, P>::new(0u32);
+    #[unroll]
+    for x in 0..comptime!(bk / 4) {
+        p.insert(x, pack(s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)), pair));
+    }
+    p
+}
+
+/// What was accumulated, under the new maximum. Skipped where no row of the warp has one.
+#[cube]
+pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptime] dim: usize) {
+    if plane_any(rows.grow0 != 1.0f32 || rows.grow1 != 1.0f32) {
+        #[unroll]
+        for e in 0..comptime!(dim / 2) {
+            let grow = if comptime!((e / 2) % 2 == 0) { rows.grow0 } else { rows.grow1 };
+            o.insert(e, o.extract(e) * grow);
+        }
+    }
+}
+
+/// Sums over all columns of the rows: `(l of the first row, l of the second)`.
+#[cube]
+pub(crate) fn rows_finish(rows: RowState) -> (f32, f32) {
+    (quad_sum(rows.l0), quad_sum(rows.l1))
+}
+
+/// Writes the rows of `o` that exist, divided by their sums. A row that saw nothing is 0. Rows start at multiples of 16 bytes:
+/// the four threads of a row exchange what they hold until each has 8 neighbouring elements.
+#[cube]
+pub(crate) fn store_rows<N: Size>(
+    acc: Accumulator<N>,
+    l0: f32,
+    l1: f32,
+    place: Place,
+    first_row: usize,
+    o: &mut [Vector<u32, Const<4>>],
+    n: Numbers,
+    #[comptime] pair: &str,
+    #[comptime] dim: usize,
+) {
+    let lane = place.column / 2;
+    let row_vectors = (n.value_dim / 8) as usize;
+    #[unroll]
+    for r in 0..2usize {
+        let l = if comptime!(r == 0) { l0 } else { l1 };
+        let norm = select(u32::reinterpret(l) == 0u32, 0.0f32, 1.0f32 / l);
+        let i = place.i + comptime!(8 * r as u32);
+        #[unroll]
+        for quad in 0..comptime!(dim / 32) {
+            let mut own = Array::<u32>::new(4usize);
+            #[unroll]
+            for x in 0..4usize {
+                let e = comptime!(4 * (4 * quad + x) + 2 * r);
+                let (low, high) = (acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm);
+                own[x] = pack(low, high, pair);
+            }
+            // First between threads two apart, then between neighbours: thread t ends with group t of the four.
+            let upper = lane >= 2;
+            let odd = lane % 2 == 1;
+            let got0 = plane_shuffle_xor(select(upper, own[0], own[2]), 2u32);
+            let got1 = plane_shuffle_xor(select(upper, own[1], own[3]), 2u32);
+            let (kept0, kept1) = (select(upper, own[2], own[0]), select(upper, own[3], own[1]));
+            let (low0, high0) = (select(upper, got0, kept0), select(upper, kept0, got0));
+            let (low1, high1) = (select(upper, got1, kept1), select(upper, kept1, got1));
+            let got_low = plane_shuffle_xor(select(odd, low0, low1), 1u32);
+            let got_high = plane_shuffle_xor(select(odd, high0, high1), 1u32);
+            let (kept_low, kept_high) = (select(odd, low1, low0), select(odd, high1, high0));
+            let mut line = Vector::<u32, Const<4>>::new(0u32);
+            line.insert(0usize, select(odd, got_low, kept_low));
+            line.insert(1usize, select(odd, kept_low, got_low));
+            line.insert(2usize, select(odd, got_high, kept_high));
+            line.insert(3usize, select(odd, kept_high, got_high));
+            let group = lane + comptime!(4 * quad as u32);
+            if i < n.seq_q && group * 8 < n.value_dim {
+                o[(first_row + i as usize) * row_vectors + group as usize] = line;
+            }
+        }
+    }
+}
