@@ -85,6 +85,34 @@ pub(crate) fn work_of(
     work
 }
 
+/// [`work_of`] for queries, without a plan in sections of `section` heads: all last tiles of a section, then all before
+/// them, so that those that run at one time are about as long, and their keys and values few enough for a cache.
+#[cube]
+pub(crate) fn sectioned_work(
+    cube: usize,
+    section: u32,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] tile: TileShape,
+) -> Work {
+    let mut work = Work { head: 0u32, tile: 0u32, exists: false };
+    if n.plan_at != 0 {
+        let found = work_of(cube, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile);
+        work.head = found.head;
+        work.tile = found.tile;
+        work.exists = found.exists;
+    } else {
+        let (cube, heads) = (cube as u32, n.batch * n.heads_q);
+        let tiles = n.seq_q.div_ceil(comptime!(tile.rows as u32));
+        let first = cube / (section * tiles) * section;
+        let (wide, rest) = (min(section, heads - first), cube % (section * tiles));
+        work.head = first + rest % wide;
+        work.tile = tiles - 1 - rest / wide;
+        work.exists = first < heads;
+    }
+    work
+}
+
 /// The tiles that a cube walks.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -193,6 +221,22 @@ pub(crate) fn key_step(
         }
     }
     step(i0, tile.rows, j * comptime!(tile.cols as u32), tile.cols, bits, walk.row_words, at, n, with_bias)
+}
+
+/// Tile `t` of [`key_walk`] where there is no plan.
+#[cube]
+pub(crate) fn band_step(
+    walk: Walk,
+    t: u32,
+    i0: u32,
+    at: Head,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] tile: TileShape,
+) -> Step {
+    let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.first) * comptime!(tile.cols as u32);
+    let full = tile_is_full(i0, tile.rows, j0, tile.cols, at.keys, n, with_bias);
+    Step { i0, j0, full, empty: false, bits: 0usize, row_words: 0u32 }
 }
 
 /// The query tiles that can see keys `j0 .. j0 + bk`.

@@ -26,6 +26,8 @@ pub struct HopperConfig {
     pub stages: usize,
     /// Whether only position and length hide and only the scale changes a score: what else there is costs registers.
     pub plain: bool,
+    /// Whether a block plan lists the tiles.
+    pub listed: bool,
 }
 
 impl HopperConfig {

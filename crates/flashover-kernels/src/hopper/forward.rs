@@ -11,14 +11,15 @@ use cubecl::prelude::*;
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_of, value_text, wait_products, wait_text,
+    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_of, value_text, wait_after_text, wait_products,
+    wait_products_after, wait_text,
 };
-use super::ring::{Ring, address_at, advance, barriers, ring_start};
+use super::ring::{Ring, address_at, addresses, advance, barriers, ring_start};
 use super::rows::{
     Place, RowState, drop_weights, hide, pack_weights, rescale, rows_finish, rows_start, shape_scores, softmax_tile, store_rows,
 };
 use crate::family::element::{Head, Numbers, head_of};
-use crate::family::walk::{Side, Step, Walk, key_step, key_walk, no_step, work_of};
+use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
 
 /// A persistent grid: cube `c` takes work `c`, `c + cubes`, …. `factor` takes scores to logarithms of base 2.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -32,6 +33,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     mut lse: ComptimeOption<&mut [f32]>,
     n: Numbers,
     works: u32,
+    section: u32,
     factor: f32,
     #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
@@ -59,14 +61,18 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     let shape = comptime!(cfg.shape());
     let bq = comptime!(cfg.bq() as u32);
     let (registers, spare) = comptime!(cfg.registers());
+    let mut round = 0usize;
     let mut work = CUBE_POS;
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
         if UNIT_POS == 0 {
+            let q_gate = addresses(&q_free, 1usize);
+            let k_gates = addresses(&k_free, cfg.stages);
+            let v_gates = addresses(&v_free, cfg.stages);
             let mut ring = ring_start(1u32);
             let mut q_parity = 1u32;
             while (work as u32) < works {
-                let own = work_of(work, n.heads_q, n.seq_q, scratch, n, Side::Queries, shape);
+                let own = sectioned_work(work, section, scratch, n, shape);
                 if own.exists {
                     let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * bq);
                     let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
@@ -75,51 +81,54 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     if cursor.t < walk.steps {
-                        barrier_wait(address_at(&q_free, 0u32, 1usize), q_parity);
+                        barrier_wait(address_at(&q_gate, 0u32, 1usize), q_parity);
                         q_parity ^= 1u32;
                         copy_tile::<E>(q, &mut sq, &q_full, 0u32, b, h, i0, 1usize, q_len, cfg.bq());
                     }
                     while cursor.t < walk.steps {
-                        barrier_wait(address_at(&k_free, ring.stage, cfg.stages), ring.parity);
+                        barrier_wait(address_at(&k_gates, ring.stage, cfg.stages), ring.parity);
                         copy_tile::<E>(k, &mut sk, &k_full, ring.stage, b, kv, cursor.step.j0, cfg.stages, k_len, cfg.bk);
-                        barrier_wait(address_at(&v_free, ring.stage, cfg.stages), ring.parity);
+                        barrier_wait(address_at(&v_gates, ring.stage, cfg.stages), ring.parity);
                         copy_tile::<E>(v, &mut sv, &v_full, ring.stage, b, kv, cursor.step.j0, cfg.stages, v_len, cfg.bk);
                         advance(&mut ring, comptime!(cfg.stages as u32));
                         cursor.t += 1;
                         seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     }
                 }
-                work += CUBE_COUNT;
+                round += 1;
+                work = snake(round);
             }
         }
     } else {
         registers_increase(registers);
         let group = UNIT_POS / comptime!(WARPGROUP as u32) - 1;
         let leader = UNIT_POS % 32 == 0;
+        let gates = Gates {
+            q_full: addresses(&q_full, 1usize),
+            k_full: addresses(&k_full, cfg.stages),
+            v_full: addresses(&v_full, cfg.stages),
+            q_free: addresses(&q_free, 1usize),
+            k_free: addresses(&k_free, cfg.stages),
+            v_free: addresses(&v_free, cfg.stages),
+        };
         let q_at = shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() });
         let k_at = shared_address::<E>(unsafe { sk.as_slice().as_ptr_unchecked() });
         let v_at = shared_address::<E>(unsafe { sv.as_slice().as_ptr_unchecked() });
-        let q_matrix = descriptor(q_at + group * comptime!((ROWS * 2 * PIECE) as u32), 16u32);
+        let tiles = Tiles { q: descriptor(q_at + group * comptime!((ROWS * 2 * PIECE) as u32), 16u32), k: k_at, v: v_at };
         let [ns, no, np] = comptime!(cfg.lanes());
         let pair = comptime!(format!("{ty}x2"));
-        let piece_bytes = comptime!(2 * PIECE);
-        let to_scores = comptime!(score_text(ns, cfg.bk, cfg.head_dim, cfg.bq() * piece_bytes, cfg.bk * piece_bytes, &ty));
         let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
         let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
-        let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
         let output_done = comptime!(wait_text(no, cfg.value_dim, 0));
         let both = comptime!(2 * WARPGROUP as u32);
-        let turns = comptime!(cfg.consumers == 2);
-        if turns {
-            // The first warpgroup may begin.
-            if group == 1 {
-                named_arrive(1u32, both);
-            }
+        // The first warpgroup may begin.
+        if group == comptime!(cfg.consumers as u32 - 1) {
+            named_arrive(1u32, both);
         }
         let mut ring = ring_start(0u32);
         let mut q_parity = 0u32;
         while (work as u32) < works {
-            let own = work_of(work, n.heads_q, n.seq_q, scratch, n, Side::Queries, shape);
+            let own = sectioned_work(work, section, scratch, n, shape);
             if own.exists {
                 let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * bq);
                 let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
@@ -133,58 +142,44 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                 let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                 if cursor.t < walk.steps {
-                    barrier_wait(address_at(&q_full, 0u32, 1usize), q_parity);
+                    barrier_wait(address_at(&gates.q_full, 0u32, 1usize), q_parity);
                     q_parity ^= 1u32;
-                    barrier_wait(address_at(&k_full, ring.stage, cfg.stages), ring.parity);
-                    let k_matrix = descriptor(k_at + ring.stage * comptime!(2 * k_len as u32), 16u32);
-                    let flying = issue_scores::<NS>(q_matrix, k_matrix, comptime!(to_scores.clone()).as_str());
+                    barrier_wait(address_at(&gates.k_full, ring.stage, cfg.stages), ring.parity);
+                    let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
                     let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
-                    if leader {
-                        barrier_arrive(address_at(&k_free, ring.stage, cfg.stages));
+                    barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
+                    let masked = !cursor.step.full;
+                    if masked {
+                        weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, true, cfg);
+                    } else {
+                        weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, false, cfg);
                     }
-                    weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, cfg);
                     let mut p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
                     cursor.t += 1;
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     while cursor.t < walk.steps {
-                        let before = Ring { stage: value_of::<u32>(ring.stage), parity: value_of::<u32>(ring.parity) };
-                        advance(&mut ring, comptime!(cfg.stages as u32));
-                        barrier_wait(address_at(&k_full, ring.stage, cfg.stages), ring.parity);
-                        if turns {
-                            named_wait(1 + group, both);
+                        // The whole step twice: a branch around the hiding alone would end the block in which the compiler
+                        // lays the softmax over the product in flight.
+                        if cursor.step.full {
+                            next_tile::<E, NS, NO, NP>(
+                                &mut out, &mut p, &mut rows, &mut ring, cursor.step, &gates, tiles, place, at, scratch, bias, n,
+                                factor, group, leader, with_bias, false, ty.clone(), cfg,
+                            );
+                        } else {
+                            next_tile::<E, NS, NO, NP>(
+                                &mut out, &mut p, &mut rows, &mut ring, cursor.step, &gates, tiles, place, at, scratch, bias, n,
+                                factor, group, leader, with_bias, true, ty.clone(), cfg,
+                            );
                         }
-                        let k_matrix = descriptor(k_at + ring.stage * comptime!(2 * k_len as u32), 16u32);
-                        let flying = issue_scores::<NS>(q_matrix, k_matrix, comptime!(to_scores.clone()).as_str());
-                        barrier_wait(address_at(&v_full, before.stage, cfg.stages), before.parity);
-                        let v_matrix = descriptor(v_at + before.stage * comptime!(2 * v_len as u32), comptime!((cfg.bk * piece_bytes) as u32));
-                        let filling = issue_values::<NO, NP>(out, p, v_matrix, comptime!(to_output.clone()).as_str());
-                        if turns {
-                            named_arrive(2 - group, both);
-                        }
-                        s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
-                        if leader {
-                            barrier_arrive(address_at(&k_free, ring.stage, cfg.stages));
-                        }
-                        weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, cfg);
-                        out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
-                        if leader {
-                            barrier_arrive(address_at(&v_free, before.stage, cfg.stages));
-                        }
-                        rescale::<NO>(&mut out, rows, cfg.value_dim);
-                        p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
                         cursor.t += 1;
                         seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     }
-                    if leader {
-                        barrier_arrive(address_at(&q_free, 0u32, 1usize));
-                    }
-                    barrier_wait(address_at(&v_full, ring.stage, cfg.stages), ring.parity);
-                    let v_matrix = descriptor(v_at + ring.stage * comptime!(2 * v_len as u32), comptime!((cfg.bk * piece_bytes) as u32));
+                    barrier_arrive(address_at(&gates.q_free, 0u32, 1usize), leader);
+                    barrier_wait(address_at(&gates.v_full, ring.stage, cfg.stages), ring.parity);
+                    let v_matrix = value_matrix(tiles, ring.stage, cfg);
                     let filling = issue_values::<NO, NP>(out, p, v_matrix, comptime!(to_output.clone()).as_str());
                     out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
-                    if leader {
-                        barrier_arrive(address_at(&v_free, ring.stage, cfg.stages));
-                    }
+                    barrier_arrive(address_at(&gates.v_free, ring.stage, cfg.stages), leader);
                     advance(&mut ring, comptime!(cfg.stages as u32));
                 }
                 let (l0, l1) = rows_finish(rows);
@@ -202,9 +197,104 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     }
                 }
             }
-            work += CUBE_COUNT;
+            round += 1;
+                work = snake(round);
         }
     }
+}
+
+/// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.
+#[cube]
+fn snake(round: usize) -> usize {
+    let first = round * CUBE_COUNT;
+    let end = first + CUBE_COUNT;
+    select(round % 2 == 1, end - (CUBE_POS + 1), first + CUBE_POS)
+}
+
+/// Addresses of the barriers.
+#[derive(CubeType)]
+struct Gates {
+    q_full: Sequence<u32>,
+    k_full: Sequence<u32>,
+    v_full: Sequence<u32>,
+    q_free: Sequence<u32>,
+    k_free: Sequence<u32>,
+    v_free: Sequence<u32>,
+}
+
+/// The warpgroup's queries as a matrix, and where the rings of keys and values start.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Tiles {
+    q: u64,
+    k: u32,
+    v: u32,
+}
+
+/// Issues the scores of the key tile in a stage.
+#[cube]
+fn scores<NS: Size>(tiles: Tiles, stage: u32, #[comptime] ty: String, #[comptime] cfg: HopperConfig) -> Accumulator<NS> {
+    let [ns, _, _] = comptime!(cfg.lanes());
+    let [_, k_len, _] = comptime!(cfg.elements());
+    let (piece_q, piece_k) = comptime!((cfg.bq() * 2 * PIECE, cfg.bk * 2 * PIECE));
+    let text = comptime!(score_text(ns, cfg.bk, cfg.head_dim, piece_q, piece_k, &ty));
+    let k = descriptor(tiles.k + stage * comptime!(2 * k_len as u32), 16u32);
+    issue_scores::<NS>(tiles.q, k, comptime!(text.clone()).as_str())
+}
+
+/// The value tile in a stage as a matrix.
+#[cube]
+fn value_matrix(tiles: Tiles, stage: u32, #[comptime] cfg: HopperConfig) -> u64 {
+    let [_, _, v_len] = comptime!(cfg.elements());
+    descriptor(tiles.v + stage * comptime!(2 * v_len as u32), comptime!((cfg.bk * 2 * PIECE) as u32))
+}
+
+/// Scores of the next tile and, while they are weighed, the product of the last weights with their values.
+#[cube]
+fn next_tile<E: Float, NS: Size, NO: Size, NP: Size>(
+    out: &mut Accumulator<NO>,
+    p: &mut Vector<u32, NP>,
+    rows: &mut RowState,
+    ring: &mut Ring,
+    step: Step,
+    gates: &Gates,
+    tiles: Tiles,
+    place: Place,
+    at: Head,
+    scratch: &[u32],
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    factor: f32,
+    group: u32,
+    leader: bool,
+    #[comptime] with_bias: bool,
+    #[comptime] masked: bool,
+    #[comptime] ty: String,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [ns, no, np] = comptime!(cfg.lanes());
+    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
+    let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
+    let output_done = comptime!(wait_after_text(no, cfg.value_dim, 0));
+    let pair = comptime!(format!("{ty}x2"));
+    let both = comptime!(2 * WARPGROUP as u32);
+    let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
+    advance(ring, comptime!(cfg.stages as u32));
+    barrier_wait(address_at(&gates.k_full, ring.stage, cfg.stages), ring.parity);
+    barrier_wait(address_at(&gates.v_full, stage, cfg.stages), parity);
+    named_wait(1 + group, both);
+    let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
+    let v_matrix = value_matrix(tiles, stage, cfg);
+    let filling = issue_values::<NO, NP>(*out, *p, v_matrix, comptime!(to_output.clone()).as_str());
+    named_arrive(select(group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + group), both);
+    let mut s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
+    barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
+    weigh::<E, NS>(&mut s, rows, place, step, at, scratch, bias, n, factor, with_bias, masked, cfg);
+    let (l0, l1) = (value_of::<f32>(rows.l0), value_of::<f32>(rows.l1));
+    *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
+    barrier_arrive(address_at(&gates.v_free, stage, cfg.stages), leader);
+    rescale::<NO>(out, rows.grow0, rows.grow1, cfg.value_dim);
+    *p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
 }
 
 /// Where a warp stands in a walk: at tile `t`, which `step` tells about.
@@ -227,18 +317,25 @@ fn seek(
     #[comptime] with_bias: bool,
     #[comptime] cfg: HopperConfig,
 ) {
-    let mut t = cursor.t;
-    let mut empty = t < walk.steps;
-    while empty {
-        let found = key_step(walk, t, i0, at, scratch, n, with_bias, comptime!(cfg.shape()));
+    if comptime!(cfg.listed) {
+        let mut t = cursor.t;
+        let mut empty = t < walk.steps;
+        while empty {
+            let found = key_step(walk, t, i0, at, scratch, n, with_bias, comptime!(cfg.shape()));
+            cursor.step.j0 = found.j0;
+            cursor.step.full = found.full;
+            cursor.step.bits = found.bits;
+            cursor.step.row_words = found.row_words;
+            t += select(found.empty, 1u32, 0u32);
+            empty = found.empty && t < walk.steps;
+        }
+        cursor.t = t;
+    } else {
+        // Without a plan no tile of a walk is empty.
+        let found = band_step(walk, cursor.t, i0, at, n, with_bias, comptime!(cfg.shape()));
         cursor.step.j0 = found.j0;
         cursor.step.full = found.full;
-        cursor.step.bits = found.bits;
-        cursor.step.row_words = found.row_words;
-        t += select(found.empty, 1u32, 0u32);
-        empty = found.empty && t < walk.steps;
     }
-    cursor.t = t;
 }
 
 /// Copies a tile of rows from `row` on into a stage, in pieces of 64 elements; zeros past the ends.
@@ -283,12 +380,13 @@ fn weigh<E: Float, N: Size>(
     n: Numbers,
     factor: f32,
     #[comptime] with_bias: bool,
+    #[comptime] masked: bool,
     #[comptime] cfg: HopperConfig,
 ) {
     if comptime!(!cfg.plain) {
         shape_scores::<E, N>(s, place, step, at, bias, n, with_bias, cfg.bk);
     }
-    if !step.full {
+    if masked {
         hide::<N>(s, place, step, at, scratch, n, cfg.plain, cfg.bk);
     }
     softmax_tile::<N>(s, rows, factor, cfg.bk);

@@ -61,6 +61,7 @@ pub fn forward(
             lse.as_ref().map(DeviceTensor::buffer).into(),
             numbers(&problem, &layout),
             works as u32,
+            section(&problem) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
             with_lse,
@@ -73,6 +74,16 @@ pub fn forward(
         );
     }
     Ok((o, lse))
+}
+
+/// Bytes of keys and values that a section of heads may take of the second-level cache.
+const SECTION_BYTES: usize = 24 << 20;
+
+/// Heads that are worked on side by side: as many as leave their keys and values in the cache.
+fn section(problem: &Problem) -> usize {
+    let Problem { batch, heads_q, seq_kv, head_dim, value_dim, element, .. } = *problem;
+    let bytes = seq_kv * (head_dim + value_dim) * element.bytes();
+    (SECTION_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group()).clamp(1, batch * heads_q)
 }
 
 /// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.

@@ -51,11 +51,17 @@ pub(crate) fn barrier_wait(barrier: u32, parity: u32) {
     );
 }
 
-/// One arrival.
+/// One arrival of each thread for which `counts` holds. Predicated, not branched around: the compiler then orders
+/// what stands around it as one block.
 #[cube]
-pub(crate) fn barrier_arrive(barrier: u32) {
+pub(crate) fn barrier_arrive(barrier: u32, counts: bool) {
     let barrier = value_of::<u32>(barrier);
-    gpu_asm!("mbarrier.arrive.shared::cta.b64 _, [{barrier}];", barrier = in(_) barrier);
+    let counts = u32::cast_from(counts);
+    gpu_asm!(
+        "{{\n.reg .pred counts;\nsetp.ne.u32 counts, {counts}, 0;\n",
+        "@counts mbarrier.arrive.shared::cta.b64 _, [{barrier}];\n}}",
+        counts = in(_) counts, barrier = in(_) barrier,
+    );
 }
 
 /// Makes initialized mbarriers visible to the copy engine.
@@ -160,6 +166,23 @@ pub(crate) fn wait_products<N: Size>(acc: Accumulator<N>, #[comptime] text: &str
     out
 }
 
+/// [`wait_products`] that the compiler cannot take to before `x` and `y` are known, so that what they come from runs while
+/// the products do. `text` is [`wait_after_text`]'s.
+#[cube]
+pub(crate) fn wait_products_after<N: Size>(
+    acc: Accumulator<N>,
+    x: f32,
+    y: f32,
+    #[comptime] text: &str,
+) -> Accumulator<N> {
+    let acc = value_of::<Accumulator<N>>(acc);
+    let x = value_of::<f32>(x);
+    let y = value_of::<f32>(y);
+    let out: Accumulator<N>;
+    gpu_asm!("{text}// {out} {acc} {x} {y}\n", out = out(_) out, acc = in(_) acc, x = in(_) x, y = in(_) y);
+    out
+}
+
 /// `mov`s from the accumulator that comes in to the one that goes out, `lanes` registers each of which `used` matter.
 fn moves(lanes: usize, used: usize) -> String {
     (0..used).map(|e| format!("mov.b32 %{e}, %{};\n", lanes + e)).collect()
@@ -203,4 +226,14 @@ pub(crate) fn value_text(lanes: usize, lanes_a: usize, n: usize, depth: usize, t
 /// The block of [`wait_products`].
 pub(crate) fn wait_text(lanes: usize, n: usize, pending: usize) -> String {
     format!("{{\nwgmma.wait_group.sync.aligned {pending};\n{}}}\n", moves(lanes, n / 2))
+}
+
+/// The block of [`wait_products_after`], for numbers that are not negative: before the wait stands a nap, if exactly one of
+/// them has its sign set.
+pub(crate) fn wait_after_text(lanes: usize, n: usize, pending: usize) -> String {
+    let (x, y) = (2 * lanes, 2 * lanes + 1);
+    let mut text = String::from("{\n.reg .pred tired;\n.reg .b32 both, low, high;\n");
+    text += &format!("mov.b32 low, %{x};\nmov.b32 high, %{y};\nxor.b32 both, low, high;\n");
+    text += "setp.lt.s32 tired, both, 0;\n@tired nanosleep.u32 1;\n";
+    text + &format!("wgmma.wait_group.sync.aligned {pending};\n{}}}\n", moves(lanes, n / 2))
 }

@@ -45,13 +45,24 @@ pub(crate) fn barriers(#[comptime] count: usize, #[comptime] arrivals: u32) -> S
     all
 }
 
+/// Addresses of barriers, taken once.
+#[cube]
+pub(crate) fn addresses(barriers: &Sequence<Shared<Barrier>>, #[comptime] count: usize) -> Sequence<u32> {
+    let mut all = Sequence::<u32>::new();
+    #[unroll]
+    for s in 0..count {
+        all.push(barrier_address(&barriers[s]));
+    }
+    all
+}
+
 /// Address of the barrier of a stage.
 #[cube]
-pub(crate) fn address_at(barriers: &Sequence<Shared<Barrier>>, stage: u32, #[comptime] stages: usize) -> u32 {
-    let mut address = barrier_address(&barriers[0]);
+pub(crate) fn address_at(addresses: &Sequence<u32>, stage: u32, #[comptime] stages: usize) -> u32 {
+    let mut address = addresses[0];
     #[unroll]
     for s in 1..stages {
-        address = select(stage == comptime!(s as u32), barrier_address(&barriers[s]), address);
+        address = select(stage == comptime!(s as u32), addresses[s], address);
     }
     address
 }

@@ -207,11 +207,11 @@ pub(crate) fn pack_weights<N: Size, P: Size>(
 
 /// What was accumulated, under the new maximum. Skipped where no row of the warp has one.
 #[cube]
-pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptime] dim: usize) {
-    if plane_any(rows.grow0 != 1.0f32 || rows.grow1 != 1.0f32) {
+pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, grow0: f32, grow1: f32, #[comptime] dim: usize) {
+    if plane_any(grow0 != 1.0f32 || grow1 != 1.0f32) {
         #[unroll]
         for e in 0..comptime!(dim / 2) {
-            let grow = if comptime!((e / 2) % 2 == 0) { rows.grow0 } else { rows.grow1 };
+            let grow = if comptime!((e / 2) % 2 == 0) { grow0 } else { grow1 };
             o.insert(e, o.extract(e) * grow);
         }
     }
