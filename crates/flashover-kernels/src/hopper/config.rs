@@ -28,6 +28,7 @@ pub struct HopperConfig {
     pub plain: bool,
     /// Whether a block plan lists the tiles.
     pub listed: bool,
+    pub flags: u32,
 }
 
 impl HopperConfig {
@@ -65,6 +66,7 @@ impl HopperConfig {
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
     pub(crate) const fn registers(&self) -> (u32, u32) {
         match self.consumers {
+            1 => (240, 24),
             2 => (240, 24),
             _ => (160, 32),
         }

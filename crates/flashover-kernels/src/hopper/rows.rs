@@ -114,13 +114,8 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
 /// Scores become weights `exp(s − m)`; `m`, `l` and the factors of what was accumulated follow.
 #[cube]
 pub(crate) fn softmax_tile<N: Size>(s: &mut Accumulator<N>, rows: &mut RowState, factor: f32, #[comptime] bk: usize) {
-    let mut top0 = s.extract(0usize);
-    let mut top1 = s.extract(2usize);
-    #[unroll]
-    for x in 1..comptime!(bk / 4) {
-        top0 = max(top0, s.extract(comptime!(4 * (x / 2) + x % 2)));
-        top1 = max(top1, s.extract(comptime!(4 * (x / 2) + 2 + x % 2)));
-    }
+    let top0 = row_max::<N>(*s, 0usize, bk);
+    let top1 = row_max::<N>(*s, 2usize, bk);
     let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
     rows.m0 = new_maximum(m0, quad_max(top0), factor);
     rows.m1 = new_maximum(m1, quad_max(top1), factor);
@@ -142,6 +137,22 @@ pub(crate) fn softmax_tile<N: Size>(s: &mut Accumulator<N>, rows: &mut RowState,
     }
     rows.l0 = sum0;
     rows.l1 = sum1;
+}
+
+/// The largest of a row's scores in this thread, over four chains that do not wait for each other.
+#[cube]
+fn row_max<N: Size>(s: Accumulator<N>, #[comptime] row: usize, #[comptime] bk: usize) -> f32 {
+    let mut tops = Array::<f32>::new(4usize);
+    #[unroll]
+    for x in 0..comptime!(bk / 4) {
+        let y = s.extract(comptime!(4 * (x / 2) + row + x % 2));
+        if comptime!(x < 4) {
+            tops[x] = y;
+        } else {
+            tops[comptime!(x % 4)] = max(tops[comptime!(x % 4)], y);
+        }
+    }
+    max(max(tops[0], tops[1]), max(tops[2], tops[3]))
 }
 
 /// The maximum that weights are taken against: the old one while that keeps them below 2 to the power of [`SLACK`].
