@@ -27,6 +27,7 @@ pub mod dropout;
 pub mod family;
 pub mod launch_log;
 pub mod mask;
+pub mod mma;
 pub mod operands;
 pub mod portable;
 pub mod problem;

@@ -114,6 +114,10 @@ mod tests {
             elements: vec![Element::F32, Element::F16],
             max_iterations: usize::MAX,
             hardware: true,
+            ptx: false,
+            matrix_elements: Vec::new(),
+            matrix_loads: Vec::new(),
+            async_copies: false,
         }
     }
 

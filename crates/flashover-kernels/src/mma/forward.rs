@@ -1,0 +1,312 @@
+//! Forward: `o = softmax(f(q·kᵀ · scale)) · v` and `lse`, in one pass over the keys.
+//!
+//! FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 1, on the tensor cores. A cube owns a tile of queries of one head, a
+//! warp some blocks of 16 of its rows: their running maximum, sum and output stay in the warp's registers, and the
+//! probabilities go from the sums of the first product into the operands of the second without leaving them. Keys and values
+//! of the next tile are copied to shared memory while this one is worked on: one barrier a tile.
+//!
+//! In a Partial tile what is hidden gets the weight 0, and 0 times a NaN or an infinity among the values of a hidden key is NaN: such
+//! values reach every query of that tile.
+
+use cubecl::prelude::*;
+
+use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
+use super::ptx::{
+    Fragment, Sums, commit_copies, exp2, load_matrix, load_matrix_transposed, mma, pack, row_maximum, row_sum,
+    shared_address, wait_copies,
+};
+use super::scores::{all_scores, hide};
+use super::store::store_rows;
+use super::tile::{DEPTH, PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use crate::family::element::{Head, Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
+use crate::family::walk::{Side, Walk, key_step, key_walk, work_of};
+
+/// `log₂ e`: exponentials are taken to the base 2.
+pub(crate) const LOG2_E: f32 = core::f32::consts::LOG2_E;
+
+/// One cube a query tile and head, the longest tiles first.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn forward_kernel<E: Float>(
+    q: &Tensor<E>,
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    o: &mut [E],
+    mut lse: ComptimeOption<&mut [f32]>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] with_lse: bool,
+    #[comptime] c: Compiled,
+    #[define(E)] _dtype: ElemType,
+) {
+    let tile = comptime!(c.tile);
+    let blocks = comptime!(tile.blocks);
+    let (col_blocks, value_blocks) = comptime!((tile.cols / COLS, c.value_dim / COLS));
+    let work = work_of(CUBE_POS, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile.shape());
+    if !work.exists {
+        terminate!();
+    }
+    let (head, i0) = (work.head, work.tile * comptime!(tile.rows() as u32));
+    let (b, h) = (head / n.heads_q, head % n.heads_q);
+    let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
+    let kv = h / (n.heads_q / n.heads_kv);
+    let q_rows = head_rows::<E>(q, b, h, n.seq_q, n.head_dim);
+    let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
+    let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
+
+    // Queries (later the output), then the stages: keys and values.
+    let (k_bytes, v_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
+    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim)));
+    let memory = Shared::<[Fragment]>::new_aligned_slice(
+        comptime!((q_bytes + STAGES * (k_bytes + v_bytes)) / PIECE),
+        comptime!(PIECE),
+    );
+    let q_at = shared_address(&memory);
+    let stage_at = q_at + comptime!(q_bytes as u32);
+    let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
+    let lane = UNIT_POS % comptime!(WARP as u32);
+    // This lane's first row and column of every block of sums.
+    let (row, column) = (i0 + warp_row + lane / 4, lane % 4 * 2);
+    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
+    let k_place = column_place(stage_at, c.head_dim);
+    let v_place = row_place(stage_at + comptime!(k_bytes as u32), c.value_dim);
+
+    let mut acc = Array::<Sums>::new(comptime!(blocks * value_blocks)); // o [16 · blocks, Dv]
+    #[unroll]
+    for x in 0..comptime!(blocks * value_blocks) {
+        acc[x] = Sums::new(0.0f32);
+    }
+    let mut m = Array::<f32>::new(comptime!(2 * blocks)); // rows 16·block + 8·half + lane / 4
+    let mut l = Array::<f32>::new(comptime!(2 * blocks)); // this lane's columns only, until the end
+    let mut hash = Array::<u32>::new(comptime!(2 * blocks));
+    #[unroll]
+    for x in 0..comptime!(2 * blocks) {
+        m[x] = n.minus_infinity;
+        l[x] = 0.0f32;
+        hash[x] = 0u32;
+        if comptime!(c.options) {
+            hash[x] = row_hash(head, row + comptime!(8 * x as u32), n);
+        }
+    }
+    // Exponent of a score less the maximum. With options, scores are in natural units.
+    let mut unit = LOG2_E.runtime();
+    if comptime!(!c.options) {
+        unit *= n.scale;
+    }
+
+    let walk = key_walk(i0, at, scratch, n, tile.shape());
+    let mut t = visible_from(walk, 0u32, i0, at, scratch, n, with_bias, c);
+    load_rows::<E>(q, q_rows, i0, q_at, tile.rows(), c.head_dim, c.q_pieces, tile.units(), c.element);
+    let mut stage = 0u32; // bytes from the first
+    if t < walk.steps {
+        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+        load_keys::<E>(k, v, k_rows, v_rows, step.j0, stage_at, c);
+    }
+    commit_copies();
+    while t < walk.steps {
+        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, c);
+        wait_copies(0usize);
+        // Everyone's copies have arrived, and everyone is done with the other stage.
+        sync_cube();
+        let other = comptime!((k_bytes + v_bytes) as u32) - stage;
+        if t < walk.steps {
+            let next = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+            load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
+        }
+        commit_copies();
+
+        // s = q · kᵀ
+        let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
+        #[unroll]
+        for x in 0..comptime!(blocks * col_blocks) {
+            s[x] = Sums::new(0.0f32);
+        }
+        let place = k_place + stage;
+        #[unroll]
+        for d in 0..comptime!(c.head_dim / DEPTH) {
+            let mut rows = Array::<Fragment>::new(blocks);
+            #[unroll]
+            for block in 0..blocks {
+                rows[block] = load_matrix(q_place, comptime!(block * ROWS * pitch(c.head_dim) + 2 * DEPTH * d));
+            }
+            #[unroll]
+            for pair in 0..comptime!(col_blocks / 2) {
+                let keys = load_matrix(place, comptime!(pair * 2 * COLS * pitch(c.head_dim) + 2 * DEPTH * d));
+                #[unroll]
+                for block in 0..blocks {
+                    let x = comptime!(block * col_blocks + 2 * pair);
+                    s[x] = mma(rows[block], keys.extract(0usize), keys.extract(1usize), s[x], c.element);
+                    s[x + 1] = mma(rows[block], keys.extract(2usize), keys.extract(3usize), s[x + 1], c.element);
+                }
+            }
+        }
+
+        if comptime!(c.options) {
+            all_scores::<E>(&mut s, row, step.j0 + column, at, bias, n, with_bias, Side::Queries, c);
+        }
+        if !step.full {
+            hide(&mut s, row, step.j0 + column, step, at, scratch, n, Side::Queries, c);
+        }
+
+        // p = exp(s − m), and what was summed under the old maximum shrinks.
+        #[unroll]
+        for x in 0..comptime!(2 * blocks) {
+            let (block, half) = comptime!((x / 2, x % 2));
+            let mut top = m[x];
+            #[unroll]
+            for col in 0..col_blocks {
+                let y = s[comptime!(block * col_blocks + col)];
+                top = max(top, max(y.extract(comptime!(2 * half)), y.extract(comptime!(2 * half + 1))));
+            }
+            let top = row_maximum(top);
+            // A row that has seen nothing yet: any finite number will do.
+            let base = select(is_minus_infinity(top), 0.0f32, top);
+            let shrink = exp2((m[x] - base) * unit);
+            m[x] = top;
+            let mut sum = l[x] * shrink;
+            let minus = -(base * unit);
+            #[unroll]
+            for col in 0..col_blocks {
+                let e = comptime!(block * col_blocks + col);
+                let mut y = s[e];
+                #[unroll]
+                for lane in 0..2usize {
+                    let z = comptime!(2 * half + lane);
+                    if comptime!(c.options) {
+                        // Scores may be as large as f32 allows: the difference comes first.
+                        let p = exp2((y.extract(z) - base) * unit);
+                        sum += p;
+                        let j = step.j0 + column + comptime!((COLS * col + lane) as u32);
+                        y.insert(z, after_dropout(p, hash[x], j, n));
+                    } else {
+                        let p = exp2(fma(y.extract(z), unit, minus));
+                        sum += p;
+                        y.insert(z, p);
+                    }
+                }
+                s[e] = y;
+            }
+            l[x] = sum;
+            #[unroll]
+            for col in 0..value_blocks {
+                let e = comptime!(block * value_blocks + col);
+                let mut y = acc[e];
+                y.insert(comptime!(2 * half), y.extract(comptime!(2 * half)) * shrink);
+                y.insert(comptime!(2 * half + 1), y.extract(comptime!(2 * half + 1)) * shrink);
+                acc[e] = y;
+            }
+        }
+
+        // o += p · v
+        let place = v_place + stage;
+        #[unroll]
+        for depth in 0..comptime!(tile.cols / DEPTH) {
+            let mut rows = Array::<Fragment>::new(blocks);
+            #[unroll]
+            for block in 0..blocks {
+                let left = s[comptime!(block * col_blocks + 2 * depth)];
+                let right = s[comptime!(block * col_blocks + 2 * depth + 1)];
+                let mut packed = Fragment::new(0u32);
+                packed.insert(0usize, pack(left.extract(0usize), left.extract(1usize), c.element));
+                packed.insert(1usize, pack(left.extract(2usize), left.extract(3usize), c.element));
+                packed.insert(2usize, pack(right.extract(0usize), right.extract(1usize), c.element));
+                packed.insert(3usize, pack(right.extract(2usize), right.extract(3usize), c.element));
+                rows[block] = packed;
+            }
+            #[unroll]
+            for pair in 0..comptime!(value_blocks / 2) {
+                let values =
+                    load_matrix_transposed(place, comptime!(depth * DEPTH * pitch(c.value_dim) + pair * 2 * PIECE));
+                #[unroll]
+                for block in 0..blocks {
+                    let x = comptime!(block * value_blocks + 2 * pair);
+                    acc[x] = mma(rows[block], values.extract(0usize), values.extract(1usize), acc[x], c.element);
+                    acc[x + 1] = mma(rows[block], values.extract(2usize), values.extract(3usize), acc[x + 1], c.element);
+                }
+            }
+        }
+        stage = other;
+    }
+    // The output takes the queries' place: no copy is under way, and nobody reads.
+    wait_copies(0usize);
+    sync_cube();
+
+    let mut norm = Array::<f32>::new(comptime!(2 * blocks));
+    #[unroll]
+    for x in 0..comptime!(2 * blocks) {
+        let mut sum = row_sum(l[x]);
+        // In natural units from here on.
+        let mut top = m[x];
+        if comptime!(!c.options) {
+            top = m[x] * n.scale;
+        }
+        let mut shrink = 1.0f32;
+        if n.sinks_at != 0 {
+            // A learned sink is one more score that has no value.
+            let sink = f32::reinterpret(scratch[n.sinks_at + h as usize]);
+            let higher = max(top, sink);
+            if !is_minus_infinity(higher) {
+                shrink = exp2((top - higher) * LOG2_E);
+                sum = sum * shrink + exp2((sink - higher) * LOG2_E);
+                top = higher;
+            }
+        }
+        // A row that saw nothing has a sum of 0.
+        let seen = u32::reinterpret(sum) != 0u32;
+        norm[x] = select(seen, shrink / sum, 0.0f32);
+        let i = row + comptime!(8 * x as u32);
+        if with_lse {
+            if lane % 4 == 0 && i < n.seq_q {
+                let to = head as usize * n.seq_q as usize + i as usize;
+                lse.as_mut().unwrap()[to] = select(seen, top + sum.ln(), n.minus_infinity);
+            }
+        }
+    }
+    let first = head as usize * n.seq_q as usize;
+    store_rows::<E>(&acc, &norm, o, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, tile, c.element);
+}
+
+/// The first step from `t` on that is not empty.
+#[cube]
+fn visible_from(
+    walk: Walk,
+    t: u32,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] c: Compiled,
+) -> u32 {
+    let mut t = t;
+    // Without a plan a walk meets no empty tile.
+    if n.plan_at != 0 {
+        let mut empty = true.runtime();
+        while empty && t < walk.steps {
+            empty = key_step(walk, t, i0, at, scratch, n, with_bias, c.tile.shape()).empty;
+            if empty {
+                t += 1;
+            }
+        }
+    }
+    t
+}
+
+/// Starts loading the keys and values from key `j0` on.
+#[cube]
+fn load_keys<E: Float>(
+    k: &Tensor<E>,
+    v: &Tensor<E>,
+    k_rows: Rows,
+    v_rows: Rows,
+    j0: u32,
+    to: u32,
+    #[comptime] c: Compiled,
+) {
+    let tile = comptime!(c.tile);
+    load_rows::<E>(k, k_rows, j0, to, tile.cols, c.head_dim, c.k_pieces, tile.units(), c.element);
+    let to = to + comptime!((tile.cols * pitch(c.head_dim)) as u32);
+    load_rows::<E>(v, v_rows, j0, to, tile.cols, c.value_dim, c.v_pieces, tile.units(), c.element);
+}
