@@ -6,7 +6,7 @@ use crate::family::BINDINGS;
 use crate::problem::{Element, Problem};
 
 /// Whether the kernels can run the problem in these tiles on a device.
-pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: MmaConfig) -> Result<(), KernelError> {
+pub fn check_limits(problem: &Problem, limits: &DeviceLimits, config: MmaConfig) -> Result<(), KernelError> {
     let kernel = "mma";
     let usable = |element: &Element| limits.matrix_elements.contains(element) && limits.matrix_loads.contains(element);
     if !limits.matrix_elements.contains(&problem.element) || !limits.elements.contains(&problem.element) {
@@ -23,8 +23,8 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: MmaConfig) -
         }
     }
     for (what, limit, found) in [
-        ("bytes of shared memory", limits.max_shared_bytes, tile.shared_bytes(problem)),
-        ("units", limits.max_units, tile.units()),
+        ("bytes of shared memory", limits.max_shared_bytes, config.shared_bytes(problem)),
+        ("units", limits.max_units, config.units()),
         ("bindings", limits.max_bindings, BINDINGS),
     ] {
         if found > limit {
@@ -32,9 +32,9 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: MmaConfig) -
         }
     }
     if let Some(plan) = problem.plan
-        && !tile.divides(plan.tile)
+        && !config.divides(plan.tile)
     {
-        let expected = [tile.rows().max(tile.cols) as u32; 2];
+        let expected = [config.forward.rows().max(config.backward.rows()) as u32; 2];
         return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
     }
     Ok(())

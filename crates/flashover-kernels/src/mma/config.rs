@@ -1,6 +1,6 @@
 //! Tiles, and what of a problem is compiled into a kernel.
 
-use super::tile::{PIECE_LEN, padded, pitch};
+use super::tile::{PIECE, PIECE_LEN, padded, pitch};
 use crate::block_plan::TileSize;
 use crate::device::DeviceTensor;
 use crate::family::tile_shape::TileShape;
@@ -15,13 +15,16 @@ pub(crate) const COLS: usize = 8;
 /// Units of a warp.
 pub(crate) const WARP: usize = 32;
 
-/// Tiles of rows that are loaded ahead.
+/// Tiles that are held at a time: one is worked on while the next arrives.
 pub(crate) const STAGES: usize = 2;
 
-/// Sizes of a cube's tile, known when a kernel is compiled.
+/// Head dimension, padded, beyond which the sums of a row take twice the registers.
+const WIDE: usize = 128;
+
+/// Sizes of a cube's tile, known when a kernel is compiled. Rows are what the cube owns, columns what it walks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MmaConfig {
-    /// Warps of a cube, one above the other.
+pub struct MmaTile {
+    /// Warps of a cube, one below the other.
     pub warps: usize,
     /// Blocks of 16 rows of a warp: a block of the other operand is read from shared memory once for all of them.
     pub blocks: usize,
@@ -29,14 +32,7 @@ pub struct MmaConfig {
     pub cols: usize,
 }
 
-impl MmaConfig {
-    /// 128×64: for head dimensions up to 128.
-    pub const LARGE: MmaConfig = MmaConfig { warps: 4, blocks: 2, cols: 64 };
-    /// 64×32: head dimensions whose sums take half the registers for one block of rows.
-    pub const DEEP: MmaConfig = MmaConfig { warps: 4, blocks: 1, cols: 32 };
-    /// 64×64: few queries, or a plan of small tiles.
-    pub const SMALL: MmaConfig = MmaConfig { warps: 4, blocks: 1, cols: 64 };
-
+impl MmaTile {
     /// Rows of the tile.
     pub const fn rows(&self) -> usize {
         self.warps * self.blocks * ROWS
@@ -52,33 +48,95 @@ impl MmaConfig {
         TileShape { rows: self.rows(), cols: self.cols }
     }
 
+    /// Shared memory in bytes of a forward's cube: the queries, whose place the output takes, and stages of keys and values.
+    pub(crate) fn forward_shared_bytes(&self, problem: &Problem) -> usize {
+        let (k, v) = pitches(problem);
+        self.rows() * k.max(v) + STAGES * self.cols * (k + v)
+    }
+
+    /// Shared memory in bytes of a cube that owns queries in a backward: they and the gradients of their outputs, and stages
+    /// of keys and values.
+    pub(crate) fn queries_shared_bytes(&self, problem: &Problem) -> usize {
+        let (k, v) = pitches(problem);
+        (self.rows() + STAGES * self.cols) * (k + v)
+    }
+
+    /// Shared memory in bytes of a cube that owns keys in a backward: they and their values, and stages of queries, gradients of
+    /// their outputs, and two statistics.
+    pub(crate) fn keys_shared_bytes(&self, problem: &Problem) -> usize {
+        self.queries_shared_bytes(problem) + STAGES * statistics_bytes(self)
+    }
+}
+
+impl core::fmt::Display for MmaTile {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "tile {}x{}, {} warps", self.rows(), self.cols, self.warps)
+    }
+}
+
+/// Bytes between rows of keys and of values in shared memory.
+fn pitches(problem: &Problem) -> (usize, usize) {
+    (pitch(padded(problem.head_dim)), pitch(padded(problem.value_dim)))
+}
+
+/// Bytes of a stage's log-sum-exps and deltas.
+pub(crate) const fn statistics_bytes(tile: &MmaTile) -> usize {
+    2 * size_of::<f32>() * tile.cols
+}
+
+/// The tiles of a problem's kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MmaConfig {
+    /// Of the forward.
+    pub forward: MmaTile,
+    /// Of the backward: whichever side a cube owns.
+    pub backward: MmaTile,
+}
+
+impl MmaConfig {
+    /// The tiles for a problem, and why.
+    pub fn of(problem: &Problem) -> (Self, &'static str) {
+        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols };
+        let small_plan = problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
+        if padded(problem.head_dim.max(problem.value_dim)) > WIDE {
+            let deep = tile(4, 1, 32);
+            (MmaConfig { forward: deep, backward: deep }, "more registers go to a row of so many elements")
+        } else if small_plan {
+            let small = tile(4, 1, 64);
+            (MmaConfig { forward: small, backward: small }, "the tiles of the block plan are no multiple of larger ones")
+        } else if problem.seq_q <= 64 {
+            (MmaConfig { forward: tile(4, 1, 64), backward: tile(4, 1, 64) }, "few queries")
+        } else {
+            (MmaConfig { forward: tile(4, 2, 64), backward: tile(8, 1, 64) }, "the most work per byte of shared memory")
+        }
+    }
+
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
     pub const fn divides(&self, plan: TileSize) -> bool {
-        self.shape().divides(plan)
+        self.forward.shape().divides(plan) && self.backward.shape().divides(plan)
     }
 
-    /// Shared memory in bytes of the cube that takes most.
+    /// Units of the largest cube.
+    pub fn units(&self) -> usize {
+        self.forward.units().max(self.backward.units())
+    }
+
+    /// Shared memory of the largest cube in bytes.
     pub fn shared_bytes(&self, problem: &Problem) -> usize {
-        self.forward_shared_bytes(problem)
-    }
-
-    /// Shared memory of a forward's cube in bytes: the queries, whose place the output takes, and the stages of keys and values.
-    pub(crate) fn forward_shared_bytes(&self, problem: &Problem) -> usize {
-        let (k, v) = (pitch(padded(problem.head_dim)), pitch(padded(problem.value_dim)));
-        self.rows() * k.max(v) + STAGES * self.cols * (k + v)
+        self.forward.forward_shared_bytes(problem).max(self.backward.keys_shared_bytes(problem))
     }
 }
 
 impl core::fmt::Display for MmaConfig {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "tile {}x{}, {} warps", self.rows(), self.cols, self.warps)
+        write!(f, "forward {}; backward {}", self.forward, self.backward)
     }
 }
 
 /// What of a problem and its tensors is compiled in, because it costs registers or changes how memory is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Compiled {
-    pub tile: MmaConfig,
+    pub tile: MmaTile,
     pub element: Element,
     /// Padded dimensions.
     pub head_dim: usize,
@@ -94,7 +152,7 @@ pub(crate) struct Compiled {
 }
 
 impl Compiled {
-    pub fn of(problem: &Problem, tile: MmaConfig, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
+    pub fn of(problem: &Problem, tile: MmaTile, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
         let Problem { element, head_dim, value_dim, scale, softcap, alibi, dropout, .. } = *problem;
         Compiled {
             tile,
@@ -116,13 +174,12 @@ impl Compiled {
 }
 
 /// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.
-pub(crate) fn in_pieces(tensor: &DeviceTensor) -> bool {
-    let outer = tensor.shape.iter().zip(&tensor.strides).take(3);
-    let aligned = outer.into_iter().all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
+fn in_pieces(tensor: &DeviceTensor) -> bool {
+    let mut outer = tensor.shape.iter().zip(&tensor.strides).take(3);
+    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
     let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
-    let neighbours = tensor.strides[3] == 1 || tensor.shape[3] == 1;
     aligned
-        && neighbours
+        && tensor.strides[3] == 1
         && tensor.shape[3].is_multiple_of(PIECE_LEN)
-        && offset.is_multiple_of(super::tile::PIECE)
+        && offset.is_multiple_of(PIECE)
 }

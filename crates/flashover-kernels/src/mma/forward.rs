@@ -11,15 +11,14 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
-use super::ptx::{
-    Fragment, Sums, commit_copies, exp2, load_matrix, load_matrix_transposed, mma, pack, row_maximum, row_sum,
-    shared_address, wait_copies,
-};
+use super::products::{accumulate, product};
+use super::ptx::{Fragment, Sums, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
 use super::scores::{all_scores, hide};
+use super::steps::{step_at, visible_from};
 use super::store::store_rows;
-use super::tile::{DEPTH, PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Head, Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
-use crate::family::walk::{Side, Walk, key_step, key_walk, work_of};
+use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
+use crate::family::walk::{Side, key_walk, work_of};
 
 /// `log₂ e`: exponentials are taken to the base 2.
 pub(crate) const LOG2_E: f32 = core::f32::consts::LOG2_E;
@@ -96,52 +95,29 @@ pub(crate) fn forward_kernel<E: Float>(
     }
 
     let walk = key_walk(i0, at, scratch, n, tile.shape());
-    let mut t = visible_from(walk, 0u32, i0, at, scratch, n, with_bias, c);
+    let mut t = visible_from(walk, 0u32, i0, at, scratch, n, with_bias, Side::Queries, c);
     load_rows::<E>(q, q_rows, i0, q_at, tile.rows(), c.head_dim, c.q_pieces, tile.units(), c.element);
     let mut stage = 0u32; // bytes from the first
     if t < walk.steps {
-        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+        let step = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
         load_keys::<E>(k, v, k_rows, v_rows, step.j0, stage_at, c);
     }
     commit_copies();
     while t < walk.steps {
-        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
-        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, c);
+        let step = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
+        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, Side::Queries, c);
         wait_copies(0usize);
         // Everyone's copies have arrived, and everyone is done with the other stage.
         sync_cube();
         let other = comptime!((k_bytes + v_bytes) as u32) - stage;
         if t < walk.steps {
-            let next = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+            let next = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
             load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
         }
         commit_copies();
 
-        // s = q · kᵀ
         let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-        #[unroll]
-        for x in 0..comptime!(blocks * col_blocks) {
-            s[x] = Sums::new(0.0f32);
-        }
-        let place = k_place + stage;
-        #[unroll]
-        for d in 0..comptime!(c.head_dim / DEPTH) {
-            let mut rows = Array::<Fragment>::new(blocks);
-            #[unroll]
-            for block in 0..blocks {
-                rows[block] = load_matrix(q_place, comptime!(block * ROWS * pitch(c.head_dim) + 2 * DEPTH * d));
-            }
-            #[unroll]
-            for pair in 0..comptime!(col_blocks / 2) {
-                let keys = load_matrix(place, comptime!(pair * 2 * COLS * pitch(c.head_dim) + 2 * DEPTH * d));
-                #[unroll]
-                for block in 0..blocks {
-                    let x = comptime!(block * col_blocks + 2 * pair);
-                    s[x] = mma(rows[block], keys.extract(0usize), keys.extract(1usize), s[x], c.element);
-                    s[x + 1] = mma(rows[block], keys.extract(2usize), keys.extract(3usize), s[x + 1], c.element);
-                }
-            }
-        }
+        product(&mut s, q_place, k_place + stage, c.head_dim, tile, c.element); // s = q · kᵀ
 
         if comptime!(c.options) {
             all_scores::<E>(&mut s, row, step.j0 + column, at, bias, n, with_bias, Side::Queries, c);
@@ -199,34 +175,7 @@ pub(crate) fn forward_kernel<E: Float>(
             }
         }
 
-        // o += p · v
-        let place = v_place + stage;
-        #[unroll]
-        for depth in 0..comptime!(tile.cols / DEPTH) {
-            let mut rows = Array::<Fragment>::new(blocks);
-            #[unroll]
-            for block in 0..blocks {
-                let left = s[comptime!(block * col_blocks + 2 * depth)];
-                let right = s[comptime!(block * col_blocks + 2 * depth + 1)];
-                let mut packed = Fragment::new(0u32);
-                packed.insert(0usize, pack(left.extract(0usize), left.extract(1usize), c.element));
-                packed.insert(1usize, pack(left.extract(2usize), left.extract(3usize), c.element));
-                packed.insert(2usize, pack(right.extract(0usize), right.extract(1usize), c.element));
-                packed.insert(3usize, pack(right.extract(2usize), right.extract(3usize), c.element));
-                rows[block] = packed;
-            }
-            #[unroll]
-            for pair in 0..comptime!(value_blocks / 2) {
-                let values =
-                    load_matrix_transposed(place, comptime!(depth * DEPTH * pitch(c.value_dim) + pair * 2 * PIECE));
-                #[unroll]
-                for block in 0..blocks {
-                    let x = comptime!(block * value_blocks + 2 * pair);
-                    acc[x] = mma(rows[block], values.extract(0usize), values.extract(1usize), acc[x], c.element);
-                    acc[x + 1] = mma(rows[block], values.extract(2usize), values.extract(3usize), acc[x + 1], c.element);
-                }
-            }
-        }
+        accumulate(&mut acc, &s, v_place + stage, c.value_dim, tile, c.element); // o += p · v
         stage = other;
     }
     // The output takes the queries' place: no copy is under way, and nobody reads.
@@ -268,35 +217,9 @@ pub(crate) fn forward_kernel<E: Float>(
     store_rows::<E>(&acc, &norm, o, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, tile, c.element);
 }
 
-/// The first step from `t` on that is not empty.
-#[cube]
-fn visible_from(
-    walk: Walk,
-    t: u32,
-    i0: u32,
-    at: Head,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] with_bias: bool,
-    #[comptime] c: Compiled,
-) -> u32 {
-    let mut t = t;
-    // Without a plan a walk meets no empty tile.
-    if n.plan_at != 0 {
-        let mut empty = true.runtime();
-        while empty && t < walk.steps {
-            empty = key_step(walk, t, i0, at, scratch, n, with_bias, c.tile.shape()).empty;
-            if empty {
-                t += 1;
-            }
-        }
-    }
-    t
-}
-
 /// Starts loading the keys and values from key `j0` on.
 #[cube]
-fn load_keys<E: Float>(
+pub(crate) fn load_keys<E: Float>(
     k: &Tensor<E>,
     v: &Tensor<E>,
     k_rows: Rows,

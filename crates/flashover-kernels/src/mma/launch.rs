@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::checks::check_limits;
-use super::config::{Compiled, MmaConfig};
+use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use crate::family::checks::{check_operands, check_plan};
@@ -22,9 +22,10 @@ pub fn forward(
     operands: &Operands<DeviceTensor>,
     plan: Option<&DeviceTensor>,
     with_lse: bool,
-    tile: MmaConfig,
+    config: MmaConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
-    check_limits(problem, &DeviceLimits::of(client), tile)?;
+    check_limits(problem, &DeviceLimits::of(client), config)?;
+    let tile = config.forward;
     check_operands(problem, operands)?;
     check_plan(problem, plan)?;
     let elem = element_type(problem.element);
@@ -66,7 +67,7 @@ pub fn forward(
     Ok((o, lse))
 }
 
-impl MmaConfig {
+impl MmaTile {
     fn dim(&self) -> CubeDim {
         CubeDim::new_1d(self.units() as u32)
     }

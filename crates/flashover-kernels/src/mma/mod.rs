@@ -12,11 +12,13 @@ mod checks;
 mod config;
 mod forward;
 mod launch;
+mod products;
 mod ptx;
 mod scores;
+mod steps;
 mod store;
 mod tile;
 
 pub use checks::check_limits;
-pub use config::MmaConfig;
+pub use config::{MmaConfig, MmaTile};
 pub use launch::forward;

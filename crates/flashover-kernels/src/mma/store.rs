@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::config::{COLS, MmaConfig, ROWS, WARP};
+use super::config::{COLS, MmaTile, ROWS, WARP};
 use super::ptx::{Sums, global_address, load_shared_16, pack, store_global_16, store_shared};
 use super::tile::{PIECE, PIECE_LEN, pitch};
 use crate::problem::Element;
@@ -21,7 +21,7 @@ pub(crate) fn store_rows<E: Float>(
     at: u32,
     width: u32,
     #[comptime] dim: usize,
-    #[comptime] tile: MmaConfig,
+    #[comptime] tile: MmaTile,
     #[comptime] element: Element,
 ) {
     let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
