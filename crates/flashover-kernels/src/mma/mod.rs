@@ -8,9 +8,12 @@
 // A comptime `if` around a run-time one removes its body; the two conditions joined would not.
 #![allow(clippy::collapsible_if)]
 
+mod backward_keys;
+mod backward_queries;
 mod checks;
 mod config;
 mod forward;
+mod gradient;
 mod launch;
 mod products;
 mod ptx;
@@ -21,4 +24,4 @@ mod tile;
 
 pub use checks::check_limits;
 pub use config::{MmaConfig, MmaTile};
-pub use launch::forward;
+pub use launch::{backward, forward};

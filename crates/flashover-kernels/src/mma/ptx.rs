@@ -140,6 +140,17 @@ pub(crate) fn copy_async(to: u32, #[comptime] offset: usize, from: u64, valid: b
     );
 }
 
+/// [`copy_async`] of 4 bytes.
+#[cube]
+pub(crate) fn copy_word_async(to: u32, from: u64, valid: bool) {
+    let (to, from) = (word_of(to), address_of(from));
+    let bytes = word_of(select(valid, 4u32, 0u32));
+    gpu_asm!(
+        "cp.async.ca.shared.global [{to}], [{from}], 4, {bytes};",
+        to = in(_) to, from = in(_) from, bytes = in(_) bytes,
+    );
+}
+
 /// Closes the group of the copies started since the last one.
 #[cube]
 pub(crate) fn commit_copies() {
@@ -175,6 +186,15 @@ pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Fragmen
     out
 }
 
+/// Reads two floats from shared memory.
+#[cube]
+pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {
+    let address = word_of(address);
+    let out: Vector<f32, Const<2>>;
+    gpu_asm!("ld.shared.v2.f32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
+}
+
 /// Writes 16 bytes to global memory.
 #[cube]
 pub(crate) fn store_global_16(address: u64, x: Fragment) {
@@ -197,7 +217,7 @@ pub(crate) fn shared_address(memory: &Shared<[Fragment]>) -> u32 {
 
 /// Where a tensor starts in global memory.
 #[cube]
-pub(crate) fn global_address<E: Float>(tensor: &[E]) -> u64 {
+pub(crate) fn global_address<E: CubePrimitive>(tensor: &[E]) -> u64 {
     // SAFETY: only the start is taken; rows and elements are tested against the tensor's shape before they are touched.
     let pointer = unsafe { tensor.as_ptr_unchecked() };
     let out: u64;
