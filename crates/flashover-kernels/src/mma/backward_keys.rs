@@ -11,13 +11,14 @@ use super::forward::LOG2_E;
 use super::gradient::{element_with_options, hide_both, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{
-    Fragment, Sums, commit_copies, copy_word_async, exp2, global_address, load_shared_floats, shared_address, wait_copies,
+    Fragment, Sums, commit_copies, copy_word_async, exp2, global_address, load_shared_floats, shared_address,
+    wait_copies,
 };
 use super::scores::{hide, query_and_key};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Numbers, head_of, row_hash};
+use crate::family::element::{Numbers, after_dropout, head_of, row_hash};
 use crate::family::walk::{Side, query_walk, work_of};
 
 /// `dv = Σ_i p · mult · do_i` and `dk = Σ_i ds · ∂s/∂(q·k) · q_i`. One cube a key tile and key head. Both at once unless registers or
@@ -163,9 +164,20 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                         if comptime!(c.options) {
                             let (i, j) = query_and_key(row, step.i0 + column, x, z, Side::Keys, c);
                             let (weight, gradient) = element_with_options::<E>(
-                                s[x].extract(z), dp[x].extract(z), i, j, stats, step, true, at, scratch, bias, n, with_bias,
+                                s[x].extract(z),
+                                dp[x].extract(z),
+                                i,
+                                j,
+                                stats,
+                                step,
+                                true,
+                                at,
+                                scratch,
+                                bias,
+                                n,
+                                with_bias,
                             );
-                            p.insert(z, weight);
+                            p.insert(z, after_dropout(weight, hash, j, n));
                             ds.insert(z, gradient);
                         } else {
                             let weight = exp2(fma(s[x].extract(z), unit, minus));
@@ -197,7 +209,19 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         for x in 0..comptime!(2 * blocks) {
             factor[x] = 1.0f32;
         }
-        store_rows::<E>(&acc_v, &factor, dv.as_mut().unwrap(), first, j0, n.seq_kv, v_at, n.value_dim, c.value_dim, tile, c.element);
+        store_rows::<E>(
+            &acc_v,
+            &factor,
+            dv.as_mut().unwrap(),
+            first,
+            j0,
+            n.seq_kv,
+            v_at,
+            n.value_dim,
+            c.value_dim,
+            tile,
+            c.element,
+        );
     }
     if with_dk {
         #[unroll]
@@ -207,7 +231,19 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 factor[x] = n.scale;
             }
         }
-        store_rows::<E>(&acc_k, &factor, dk.as_mut().unwrap(), first, j0, n.seq_kv, k_at, n.head_dim, c.head_dim, tile, c.element);
+        store_rows::<E>(
+            &acc_k,
+            &factor,
+            dk.as_mut().unwrap(),
+            first,
+            j0,
+            n.seq_kv,
+            k_at,
+            n.head_dim,
+            c.head_dim,
+            tile,
+            c.element,
+        );
     }
 }
 

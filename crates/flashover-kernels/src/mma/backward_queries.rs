@@ -8,10 +8,10 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::forward::{LOG2_E, load_keys};
-use super::gradient::{element_with_options, hide_both, row_index, row_of};
+use super::gradient::{element_with_options, hide_both, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, commit_copies, exp2, row_sum, shared_address, wait_copies};
-use super::scores::query_and_key;
+use super::scores::{query_and_key, row_index};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
@@ -148,7 +148,18 @@ pub(crate) fn backward_queries_kernel<E: Float>(
                     if comptime!(c.options) {
                         let (i, j) = query_and_key(row, step.j0 + column, x, z, Side::Queries, c);
                         let (weight, gradient) = element_with_options::<E>(
-                            s[x].extract(z), dp[x].extract(z), i, j, stats, step, sweep != 0, at, &*scratch, bias, n, with_bias,
+                            s[x].extract(z),
+                            dp[x].extract(z),
+                            i,
+                            j,
+                            stats,
+                            step,
+                            sweep != 0,
+                            at,
+                            &*scratch,
+                            bias,
+                            n,
+                            with_bias,
                         );
                         p.insert(z, weight);
                         ds.insert(z, gradient);
@@ -205,6 +216,18 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             }
         }
         sync_cube();
-        store_rows::<E>(&acc, &factor, dq.as_mut().unwrap(), first, i0, n.seq_q, q_at, n.head_dim, c.head_dim, tile, c.element);
+        store_rows::<E>(
+            &acc,
+            &factor,
+            dq.as_mut().unwrap(),
+            first,
+            i0,
+            n.seq_q,
+            q_at,
+            n.head_dim,
+            c.head_dim,
+            tile,
+            c.element,
+        );
     }
 }

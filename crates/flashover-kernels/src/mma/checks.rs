@@ -34,7 +34,8 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, config: MmaConfig)
     if let Some(plan) = problem.plan
         && !config.divides(plan.tile)
     {
-        let expected = [config.forward.rows().max(config.backward.rows()) as u32; 2];
+        let rows = [config.forward, config.queries, config.keys].map(|tile| tile.rows());
+        let expected = [rows.into_iter().max().unwrap_or(0) as u32; 2];
         return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
     }
     Ok(())

@@ -89,47 +89,59 @@ pub(crate) const fn statistics_bytes(tile: &MmaTile) -> usize {
 pub struct MmaConfig {
     /// Of the forward.
     pub forward: MmaTile,
-    /// Of the backward: whichever side a cube owns.
-    pub backward: MmaTile,
+    /// Of the backward's kernel that owns queries.
+    pub queries: MmaTile,
+    /// Of the backward's kernel that owns keys.
+    pub keys: MmaTile,
 }
 
 impl MmaConfig {
     /// The tiles for a problem, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
         let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols };
-        let small_plan = problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
-        if padded(problem.head_dim.max(problem.value_dim)) > WIDE {
-            let deep = tile(4, 1, 32);
-            (MmaConfig { forward: deep, backward: deep }, "more registers go to a row of so many elements")
+        let small_plan =
+            problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
+        let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
+        let all = |tile| MmaConfig { forward: tile, queries: tile, keys: tile };
+        let dim = padded(problem.head_dim.max(problem.value_dim));
+        // Which tile is fastest was measured: docs/measurements.md.
+        if dim > WIDE {
+            (all(deep), "more registers go to a row of so many elements")
         } else if small_plan {
-            let small = tile(4, 1, 64);
-            (MmaConfig { forward: small, backward: small }, "the tiles of the block plan are no multiple of larger ones")
-        } else if problem.seq_q <= 64 {
-            (MmaConfig { forward: tile(4, 1, 64), backward: tile(4, 1, 64) }, "few queries")
+            (all(small), "the tiles of the block plan are no multiple of larger ones")
+        } else if problem.seq_q <= small.rows() {
+            (all(small), "few queries")
+        } else if dim > WIDE / 2 {
+            let narrow = tile(4, 2, 32);
+            (MmaConfig { forward: narrow, queries: narrow, keys: small }, "the tiles measured fastest for such heads")
         } else {
-            (MmaConfig { forward: tile(4, 2, 64), backward: tile(8, 1, 64) }, "the most work per byte of shared memory")
+            let narrow = tile(4, 2, 32);
+            let large = MmaConfig { forward: tile(4, 2, 64), queries: narrow, keys: narrow };
+            (large, "the tiles measured fastest for small heads")
         }
     }
 
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
     pub const fn divides(&self, plan: TileSize) -> bool {
-        self.forward.shape().divides(plan) && self.backward.shape().divides(plan)
+        let (queries, keys) = (self.queries.shape(), self.keys.shape());
+        self.forward.shape().divides(plan) && queries.divides(plan) && keys.divides(plan)
     }
 
     /// Units of the largest cube.
     pub fn units(&self) -> usize {
-        self.forward.units().max(self.backward.units())
+        self.forward.units().max(self.queries.units()).max(self.keys.units())
     }
 
     /// Shared memory of the largest cube in bytes.
     pub fn shared_bytes(&self, problem: &Problem) -> usize {
-        self.forward.forward_shared_bytes(problem).max(self.backward.keys_shared_bytes(problem))
+        let backward = self.queries.queries_shared_bytes(problem).max(self.keys.keys_shared_bytes(problem));
+        self.forward.forward_shared_bytes(problem).max(backward)
     }
 }
 
 impl core::fmt::Display for MmaConfig {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "forward {}; backward {}", self.forward, self.backward)
+        write!(f, "forward {}; backward {} and {}", self.forward, self.queries, self.keys)
     }
 }
 
@@ -178,8 +190,5 @@ fn in_pieces(tensor: &DeviceTensor) -> bool {
     let mut outer = tensor.shape.iter().zip(&tensor.strides).take(3);
     let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
     let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
-    aligned
-        && tensor.strides[3] == 1
-        && tensor.shape[3].is_multiple_of(PIECE_LEN)
-        && offset.is_multiple_of(PIECE)
+    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(PIECE_LEN) && offset.is_multiple_of(PIECE)
 }

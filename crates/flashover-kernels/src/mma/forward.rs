@@ -12,8 +12,8 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::products::{accumulate, product};
-use super::ptx::{Fragment, Sums, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
-use super::scores::{all_scores, hide};
+use super::ptx::{Fragment, Sums, any_lane, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
+use super::scores::{all_scores, hide, place, row_index};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
@@ -126,55 +126,12 @@ pub(crate) fn forward_kernel<E: Float>(
             hide(&mut s, row, step.j0 + column, step, at, scratch, n, Side::Queries, c);
         }
 
-        // p = exp(s − m), and what was summed under the old maximum shrinks.
+        follow_maxima(&s, &mut m, &mut l, &mut acc, unit, c);
+        // p = exp(s − m)
         #[unroll]
-        for x in 0..comptime!(2 * blocks) {
-            let (block, half) = comptime!((x / 2, x % 2));
-            let mut top = m[x];
-            #[unroll]
-            for col in 0..col_blocks {
-                let y = s[comptime!(block * col_blocks + col)];
-                top = max(top, max(y.extract(comptime!(2 * half)), y.extract(comptime!(2 * half + 1))));
-            }
-            let top = row_maximum(top);
-            // A row that has seen nothing yet: any finite number will do.
-            let base = select(is_minus_infinity(top), 0.0f32, top);
-            let shrink = exp2((m[x] - base) * unit);
-            m[x] = top;
-            let mut sum = l[x] * shrink;
-            let minus = -(base * unit);
-            #[unroll]
-            for col in 0..col_blocks {
-                let e = comptime!(block * col_blocks + col);
-                let mut y = s[e];
-                #[unroll]
-                for lane in 0..2usize {
-                    let z = comptime!(2 * half + lane);
-                    if comptime!(c.options) {
-                        // Scores may be as large as f32 allows: the difference comes first.
-                        let p = exp2((y.extract(z) - base) * unit);
-                        sum += p;
-                        let j = step.j0 + column + comptime!((COLS * col + lane) as u32);
-                        y.insert(z, after_dropout(p, hash[x], j, n));
-                    } else {
-                        let p = exp2(fma(y.extract(z), unit, minus));
-                        sum += p;
-                        y.insert(z, p);
-                    }
-                }
-                s[e] = y;
-            }
-            l[x] = sum;
-            #[unroll]
-            for col in 0..value_blocks {
-                let e = comptime!(block * value_blocks + col);
-                let mut y = acc[e];
-                y.insert(comptime!(2 * half), y.extract(comptime!(2 * half)) * shrink);
-                y.insert(comptime!(2 * half + 1), y.extract(comptime!(2 * half + 1)) * shrink);
-                acc[e] = y;
-            }
+        for x in 0..comptime!(blocks * col_blocks) {
+            weights(&mut s, &m, &mut l, &hash, unit, step.j0 + column, x, n, c);
         }
-
         accumulate(&mut acc, &s, v_place + stage, c.value_dim, tile, c.element); // o += p · v
         stage = other;
     }
@@ -217,6 +174,115 @@ pub(crate) fn forward_kernel<E: Float>(
     store_rows::<E>(&acc, &norm, o, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, tile, c.element);
 }
 
+/// Scores are taken from a maximum that may lag behind by a factor of the probabilities of 2 to this.
+const LAG: f32 = 8.0;
+
+/// Takes the scores' maxima, and where any has outgrown the old one by too much, moves there, and shrinks what was summed.
+#[cube]
+fn follow_maxima(
+    s: &Array<Sums>,
+    m: &mut Array<f32>,
+    l: &mut Array<f32>,
+    acc: &mut Array<Sums>,
+    unit: f32,
+    #[comptime] c: Compiled,
+) {
+    let rows = comptime!(2 * c.tile.blocks);
+    let mut top = Array::<f32>::new(rows);
+    let mut grows = false.runtime();
+    #[unroll]
+    for x in 0..rows {
+        top[x] = top_of(s, m[x], x, c);
+        grows = grows || (top[x] - m[x]) * unit > LAG;
+    }
+    if any_lane(grows) {
+        #[unroll]
+        for x in 0..rows {
+            let shrink = exp2((m[x] - finite(top[x])) * unit);
+            m[x] = top[x];
+            l[x] *= shrink;
+            shrink_row(acc, shrink, x, c);
+        }
+    }
+}
+
+/// The maximum of a row's scores and what it was before.
+#[cube]
+fn top_of(s: &Array<Sums>, before: f32, #[comptime] x: usize, #[comptime] c: Compiled) -> f32 {
+    let col_blocks = comptime!(c.tile.cols / COLS);
+    let mut top = before;
+    #[unroll]
+    for col in 0..col_blocks {
+        let y = s[comptime!(x / 2 * col_blocks + col)];
+        top = max(top, max(y.extract(comptime!(x % 2 * 2)), y.extract(comptime!(x % 2 * 2 + 1))));
+    }
+    row_maximum(top)
+}
+
+/// What scores are taken from: the maximum, and for a row that has seen nothing yet any finite number.
+#[cube]
+fn finite(top: f32) -> f32 {
+    select(is_minus_infinity(top), 0.0f32, top)
+}
+
+/// Multiplies a row of the output.
+#[cube]
+fn shrink_row(acc: &mut Array<Sums>, shrink: f32, #[comptime] x: usize, #[comptime] c: Compiled) {
+    let value_blocks = comptime!(c.value_dim / COLS);
+    #[unroll]
+    for col in 0..value_blocks {
+        let mut y = acc[comptime!(x / 2 * value_blocks + col)];
+        #[unroll]
+        for z in comptime!(x % 2 * 2)..comptime!(x % 2 * 2 + 2) {
+            y.insert(z, y.extract(z) * shrink);
+        }
+        acc[comptime!(x / 2 * value_blocks + col)] = y;
+    }
+}
+
+/// Turns a block of scores into probabilities, dropped ones 0, and adds them, before any is dropped, to the sums of their rows.
+/// `j` is this lane's first key.
+#[cube]
+fn weights(
+    s: &mut Array<Sums>,
+    m: &Array<f32>,
+    l: &mut Array<f32>,
+    hash: &Array<u32>,
+    unit: f32,
+    j: u32,
+    #[comptime] x: usize,
+    n: Numbers,
+    #[comptime] c: Compiled,
+) {
+    let col_blocks = comptime!(c.tile.cols / COLS);
+    let mut y = s[x];
+    #[unroll]
+    for z in 0..4usize {
+        let r = comptime!(row_index(x, z, col_blocks));
+        let base = finite(m[r]);
+        if comptime!(c.options) {
+            // Scores may be as large as f32 allows: the difference comes first.
+            let p = exp2((y.extract(z) - base) * unit);
+            l[r] += p;
+            let j = j + comptime!(place(x, z, col_blocks).1 as u32);
+            y.insert(z, after_dropout(p, hash[r], j, n));
+        } else {
+            let p = exp2(fma(y.extract(z), unit, -(base * unit)));
+            l[r] += p;
+            y.insert(z, p);
+        }
+    }
+    s[x] = y;
+}
+
+/// Starts loading the values from key `j0` on into a stage.
+#[cube]
+fn load_values<E: Float>(v: &Tensor<E>, v_rows: Rows, j0: u32, stage: u32, #[comptime] c: Compiled) {
+    let tile = comptime!(c.tile);
+    let to = stage + comptime!((tile.cols * pitch(c.head_dim)) as u32);
+    load_rows::<E>(v, v_rows, j0, to, tile.cols, c.value_dim, c.v_pieces, tile.units(), c.element);
+}
+
 /// Starts loading the keys and values from key `j0` on.
 #[cube]
 pub(crate) fn load_keys<E: Float>(
@@ -230,6 +296,5 @@ pub(crate) fn load_keys<E: Float>(
 ) {
     let tile = comptime!(c.tile);
     load_rows::<E>(k, k_rows, j0, to, tile.cols, c.head_dim, c.k_pieces, tile.units(), c.element);
-    let to = to + comptime!((tile.cols * pitch(c.head_dim)) as u32);
-    load_rows::<E>(v, v_rows, j0, to, tile.cols, c.value_dim, c.v_pieces, tile.units(), c.element);
+    load_values::<E>(v, v_rows, j0, to, c);
 }

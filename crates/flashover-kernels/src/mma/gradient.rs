@@ -11,7 +11,7 @@ use cubecl::prelude::*;
 use super::config::{COLS, Compiled};
 use super::forward::LOG2_E;
 use super::ptx::{Sums, exp2};
-use super::scores::{place, query_and_key};
+use super::scores::query_and_key;
 use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
 use crate::family::walk::{Side, Step};
 
@@ -32,8 +32,8 @@ pub(crate) fn row_of(lse: f32, delta: f32, hash: u32, n: Numbers) -> Row {
     Row { lse: select(is_minus_infinity(lse), -n.minus_infinity, lse), delta, hash }
 }
 
-/// Turns element `z` of a block of products into a probability and a gradient: `(p · mult, ds)`, `ds` for the score, or for the
-/// product less the scale, if `of_product`. Hidden elements become 0. Only for problems with options.
+/// Turns a product into a probability, before dropout, and a gradient: `(p, ds)`, `ds` for the score, or for the product, if
+/// `of_product`. Hidden elements become 0. Only for problems with options.
 #[cube]
 pub(crate) fn element_with_options<E: Float>(
     product: f32,
@@ -53,12 +53,11 @@ pub(crate) fn element_with_options<E: Float>(
     let mut ds = 0.0f32;
     if step.full || sees(i, j, step, at, scratch, n) {
         let value = score::<E>(product, i, j, at, bias, n, with_bias);
-        let weight = exp2((value - row.lse) * LOG2_E);
-        ds = weight * (after_dropout(dp, row.hash, j, n) - row.delta);
+        p = exp2((value - row.lse) * LOG2_E);
+        ds = p * (after_dropout(dp, row.hash, j, n) - row.delta);
         if of_product {
             ds *= score_derivative(product, i, j, at, n);
         }
-        p = after_dropout(weight, row.hash, j, n);
     }
     (p, ds)
 }
@@ -92,9 +91,4 @@ pub(crate) fn hide_both(
         s[x] = scores;
         dp[x] = gradients;
     }
-}
-
-/// Which of a lane's rows, counted over its blocks and their halves, an element stands in.
-pub(crate) const fn row_index(x: usize, z: usize, col_blocks: usize) -> usize {
-    place(x, z, col_blocks).0 / 8
 }

@@ -106,7 +106,7 @@ pub fn backward(
     let layout = Layout::of(problem, Some(Partials::default()));
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-    let call = Backward { launcher, tile: config.backward, problem, operands, outputs, layout, scratch };
+    let call = Backward { launcher, config, problem, operands, outputs, layout, scratch };
     call.row_statistics(rows);
     if wanted.q || wanted.k {
         call.queries(q.as_ref());
@@ -136,7 +136,7 @@ pub(crate) fn keys_fused(problem: &Problem) -> bool {
 /// The launches of one backward.
 struct Backward<'a> {
     launcher: Launcher<'a>,
-    tile: MmaTile,
+    config: MmaConfig,
     problem: &'a Problem,
     operands: &'a Operands<DeviceTensor>,
     outputs: &'a Outputs,
@@ -149,9 +149,9 @@ impl Backward<'_> {
         numbers(self.problem, &self.layout)
     }
 
-    fn compiled(&self) -> Compiled {
+    fn compiled(&self, tile: MmaTile) -> Compiled {
         let Operands { q, k, v, .. } = self.operands;
-        Compiled::of(self.problem, self.tile, [q, k, v], Some(&self.outputs.do_))
+        Compiled::of(self.problem, tile, [q, k, v], Some(&self.outputs.do_))
     }
 
     fn row_statistics(&self, rows: usize) {
@@ -176,7 +176,7 @@ impl Backward<'_> {
 
     fn queries(&self, dq: Option<&DeviceTensor>) {
         let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.tile;
+        let tile = self.config.queries;
         let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias).chain(dq);
         let (bindings, address) = binding_facts(bound);
         let shared = tile.queries_shared_bytes(self.problem);
@@ -199,7 +199,7 @@ impl Backward<'_> {
                 self.numbers(),
                 bias.is_some(),
                 dq.is_some(),
-                self.compiled(),
+                self.compiled(tile),
                 q.elem,
             );
         }
@@ -207,7 +207,7 @@ impl Backward<'_> {
 
     fn keys(&self, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
         let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.tile;
+        let tile = self.config.keys;
         // Only dk asks for do · vᵀ.
         let v = dk.map(|_| v);
         let bound = [q, k, &self.outputs.do_, &self.scratch].into_iter().chain(v).chain(bias).chain(dk).chain(dv);
@@ -233,7 +233,7 @@ impl Backward<'_> {
                 bias.is_some(),
                 dk.is_some(),
                 dv.is_some(),
-                self.compiled(),
+                self.compiled(tile),
                 q.elem,
             );
         }

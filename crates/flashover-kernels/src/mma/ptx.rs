@@ -129,6 +129,18 @@ pub(crate) fn row_sum(x: f32) -> f32 {
     x + other_lane(x, 2usize)
 }
 
+/// Whether `x` holds in any lane of the warp.
+#[cube]
+pub(crate) fn any_lane(x: bool) -> bool {
+    let x = word_of(u32::cast_from(x));
+    let out: u32;
+    gpu_asm!(
+        "{{ .reg .pred holds; setp.ne.u32 holds, {x}, 0; vote.sync.any.pred holds, holds, -1; selp.u32 {out}, 1, 0, holds; }}",
+        out = out(_) out, x = in(_) x,
+    );
+    out != 0
+}
+
 /// Starts copying 16 bytes to shared memory, or zeros where not `valid`.
 #[cube]
 pub(crate) fn copy_async(to: u32, #[comptime] offset: usize, from: u64, valid: bool) {
@@ -209,7 +221,7 @@ pub(crate) fn shared_address(memory: &Shared<[Fragment]>) -> u32 {
     let pointer = unsafe { memory.as_slice().as_ptr_unchecked() };
     let out: u32;
     gpu_asm!(
-        "{{ .reg .u64 %window; cvta.to.shared.u64 %window, {p}; cvt.u32.u64 {out}, %window; }}",
+        "{{ .reg .u64 window; cvta.to.shared.u64 window, {p}; cvt.u32.u64 {out}, window; }}",
         p = in(_) pointer, out = out(_) out,
     );
     out

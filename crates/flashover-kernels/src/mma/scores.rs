@@ -13,6 +13,11 @@ pub(crate) const fn place(x: usize, z: usize, col_blocks: usize) -> (usize, usiz
     (x / col_blocks * ROWS + z / 2 * 8, x % col_blocks * COLS + z % 2)
 }
 
+/// Which of a lane's rows, counted over its blocks and their halves, an element stands in.
+pub(crate) const fn row_index(x: usize, z: usize, col_blocks: usize) -> usize {
+    place(x, z, col_blocks).0 / 8
+}
+
 /// Turns products into scores. `row` and `column` are this lane's first of the tile: a query and a key if the tile lies on the
 /// side of queries, else the other way round.
 #[cube]

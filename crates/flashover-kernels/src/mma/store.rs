@@ -51,7 +51,8 @@ pub(crate) fn store_rows<E: Float>(
             let i = row + warp_row + r;
             if i < rows {
                 let from = at + r * comptime!(pitch(dim) as u32) + piece * comptime!(PIECE as u32);
-                let bytes = (first + i as usize) as u64 * u64::cast_from(width * 2) + u64::cast_from(piece) * comptime!(PIECE as u64);
+                let bytes = (first + i as usize) as u64 * u64::cast_from(width * 2)
+                    + u64::cast_from(piece) * comptime!(PIECE as u64);
                 store_global_16(start + bytes, load_shared_16(from, 0usize));
             }
             e += comptime!(WARP as u32);

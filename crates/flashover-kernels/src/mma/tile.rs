@@ -80,16 +80,37 @@ pub(crate) fn load_rows<E: Float>(
         let to = to + r * comptime!(pitch(dim) as u32) + column * comptime!(PIECE as u32);
         let exists = select(column * comptime!(PIECE_LEN as u32) < from.dim, from.rows, 0u32);
         let step = from.row_stride as u64 * comptime!((2 * down) as u64);
-        let mut address = from.address
-            + (row + r) as u64 * (from.row_stride as u64 * 2u64)
-            + column as u64 * comptime!(PIECE as u64);
+        let mut address =
+            from.address + (row + r) as u64 * (from.row_stride as u64 * 2u64) + column as u64 * comptime!(PIECE as u64);
         #[unroll]
         for pass in 0..passes {
             let here = row + r + comptime!((pass * down) as u32);
             if comptime!((pass + 1) * down <= rows) {
-                load_piece::<E>(tensor, from, here, column, to, comptime!(pass * down * pitch(dim)), address, here < exists, pieces, element);
+                load_piece::<E>(
+                    tensor,
+                    from,
+                    here,
+                    column,
+                    to,
+                    comptime!(pass * down * pitch(dim)),
+                    address,
+                    here < exists,
+                    pieces,
+                    element,
+                );
             } else if r + comptime!((pass * down) as u32) < comptime!(rows as u32) {
-                load_piece::<E>(tensor, from, here, column, to, comptime!(pass * down * pitch(dim)), address, here < exists, pieces, element);
+                load_piece::<E>(
+                    tensor,
+                    from,
+                    here,
+                    column,
+                    to,
+                    comptime!(pass * down * pitch(dim)),
+                    address,
+                    here < exists,
+                    pieces,
+                    element,
+                );
             }
             address += step;
         }
