@@ -14,7 +14,7 @@ use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, any_lane, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
 use super::scores::{all_scores, hide, place, row_index};
-use super::steps::{step_at, visible_from};
+use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
@@ -98,26 +98,29 @@ pub(crate) fn forward_kernel<E: Float>(
     let mut t = visible_from(walk, 0u32, i0, at, scratch, n, with_bias, Side::Queries, c);
     load_rows::<E>(q, q_rows, i0, q_at, tile.rows(), c.head_dim, c.q_pieces, tile.units(), c.element);
     let mut stage = 0u32; // bytes from the first
+    let mut next = no_step();
     if t < walk.steps {
-        let step = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
-        load_keys::<E>(k, v, k_rows, v_rows, step.j0, stage_at, c);
+        follow(&mut next, step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c));
+        load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at, c);
     }
     commit_copies();
     while t < walk.steps {
-        let step = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
-        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, Side::Queries, c);
         wait_copies(0usize);
         // Everyone's copies have arrived, and everyone is done with the other stage.
         sync_cube();
+        let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
+        product(&mut s, q_place, k_place + stage, c.head_dim, tile, c.element); // s = q · kᵀ
+
+        // What is next is found out, and asked for, while the products are under way.
+        let mut step = no_step();
+        follow(&mut step, next);
+        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, Side::Queries, c);
         let other = comptime!((k_bytes + v_bytes) as u32) - stage;
         if t < walk.steps {
-            let next = step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c);
+            follow(&mut next, step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c));
             load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
         }
         commit_copies();
-
-        let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-        product(&mut s, q_place, k_place + stage, c.head_dim, tile, c.element); // s = q · kᵀ
 
         if comptime!(c.options) {
             all_scores::<E>(&mut s, row, step.j0 + column, at, bias, n, with_bias, Side::Queries, c);

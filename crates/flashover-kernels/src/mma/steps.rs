@@ -50,3 +50,27 @@ pub(crate) fn visible_from(
     }
     t
 }
+
+/// A step to be filled in by [`follow`].
+#[cube]
+pub(crate) fn no_step() -> Step {
+    Step {
+        i0: 0u32.runtime(),
+        j0: 0u32.runtime(),
+        full: false.runtime(),
+        empty: false.runtime(),
+        bits: 0usize.runtime(),
+        row_words: 0u32.runtime(),
+    }
+}
+
+/// `step` becomes `other`.
+#[cube]
+pub(crate) fn follow(step: &mut Step, other: Step) {
+    step.i0 = other.i0;
+    step.j0 = other.j0;
+    step.full = other.full;
+    step.empty = other.empty;
+    step.bits = other.bits;
+    step.row_words = other.row_words;
+}
