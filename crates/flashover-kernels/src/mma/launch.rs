@@ -126,6 +126,11 @@ pub fn backward(
     Ok(gradients)
 }
 
+/// Bytes of the scratch buffer of a backward.
+pub(crate) fn backward_scratch_bytes(problem: &Problem) -> usize {
+    Layout::of(problem, Some(Partials::default())).bytes()
+}
+
 /// Whether `dk` and `dv` come from one launch: seven bindings hold both outputs or a bias, and a unit has registers for sums over
 /// 256 elements of a row.
 pub(crate) fn keys_fused(problem: &Problem) -> bool {

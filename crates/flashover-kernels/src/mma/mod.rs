@@ -25,3 +25,4 @@ mod tile;
 pub use checks::check_limits;
 pub use config::{MmaConfig, MmaTile};
 pub use launch::{backward, forward};
+pub(crate) use launch::{backward_scratch_bytes, keys_fused};
