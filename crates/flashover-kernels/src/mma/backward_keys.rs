@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP, statistics_bytes};
 use super::forward::LOG2_E;
-use super::gradient::{element_with_options, hide_both, row_of};
+use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{
     Fragment, Sums, commit_copies, copy_word_async, exp2, global_address, load_shared_floats, shared_address,
@@ -136,11 +136,8 @@ pub(crate) fn backward_keys_kernel<E: Float>(
             // s becomes p, dp becomes ds.
             if comptime!(!c.options) {
                 if !step.full {
-                    if with_dk {
-                        hide_both(&mut s, &mut dp, row, step.i0 + column, step, at, scratch, n, Side::Keys, c);
-                    } else {
-                        hide(&mut s, row, step.i0 + column, step, at, scratch, n, Side::Keys, c);
-                    }
+                    let column = step.i0 + column;
+                    hide(&mut s, &mut dp, row, column, step, at, scratch, n, with_dk, Side::Keys, c);
                 }
             }
             #[unroll]

@@ -8,10 +8,10 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::forward::{LOG2_E, load_keys};
-use super::gradient::{element_with_options, hide_both, row_of};
+use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, commit_copies, exp2, row_sum, shared_address, wait_copies};
-use super::scores::{query_and_key, row_index};
+use super::scores::{hide, query_and_key, row_index};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
@@ -135,7 +135,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             // s becomes p, dp becomes ds: p · dp in the first sweep.
             if comptime!(!c.options) {
                 if !step.full {
-                    hide_both(&mut s, &mut dp, row, step.j0 + column, step, at, &*scratch, n, Side::Queries, c);
+                    hide(&mut s, &mut dp, row, step.j0 + column, step, at, &*scratch, n, true, Side::Queries, c);
                 }
             }
             #[unroll]

@@ -126,7 +126,8 @@ pub(crate) fn forward_kernel<E: Float>(
             all_scores::<E>(&mut s, row, step.j0 + column, at, bias, n, with_bias, Side::Queries, c);
         }
         if !step.full {
-            hide(&mut s, row, step.j0 + column, step, at, scratch, n, Side::Queries, c);
+            let mut none = Array::<Sums>::new(1usize);
+            hide(&mut s, &mut none, row, step.j0 + column, step, at, scratch, n, false, Side::Queries, c);
         }
 
         follow_maxima(&s, &mut m, &mut l, &mut acc, unit, c);

@@ -8,12 +8,10 @@
 
 use cubecl::prelude::*;
 
-use super::config::{COLS, Compiled};
 use super::forward::LOG2_E;
-use super::ptx::{Sums, exp2};
-use super::scores::query_and_key;
+use super::ptx::exp2;
 use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
-use crate::family::walk::{Side, Step};
+use crate::family::walk::Step;
 
 /// What is known of a query.
 #[derive(CubeType, Clone, Copy)]
@@ -60,35 +58,4 @@ pub(crate) fn element_with_options<E: Float>(
         }
     }
     (p, ds)
-}
-
-/// Hides what is hidden: its score becomes −∞, so that its probability is 0, and `dp` becomes 0.
-#[cube]
-pub(crate) fn hide_both(
-    s: &mut Array<Sums>,
-    dp: &mut Array<Sums>,
-    row: u32,
-    column: u32,
-    step: Step,
-    at: Head,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] side: Side,
-    #[comptime] c: Compiled,
-) {
-    #[unroll]
-    for x in 0..comptime!(c.tile.blocks * c.tile.cols / COLS) {
-        let mut scores = s[x];
-        let mut gradients = dp[x];
-        #[unroll]
-        for z in 0..4usize {
-            let (i, j) = query_and_key(row, column, x, z, side, c);
-            if !sees(i, j, step, at, scratch, n) {
-                scores.insert(z, n.minus_infinity);
-                gradients.insert(z, 0.0f32);
-            }
-        }
-        s[x] = scores;
-        dp[x] = gradients;
-    }
 }
