@@ -109,21 +109,23 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         }
         commit_copies();
         while t < walk.steps {
-            let step = step_at(walk, t, j0, at, scratch, n, with_bias, Side::Keys, c);
-            t = visible_from(walk, t + 1, j0, at, scratch, n, with_bias, Side::Keys, c);
             wait_copies(0usize);
             // Everyone's copies have arrived, and everyone is done with the other stage.
             sync_cube();
+
+            let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
+            let mut dp = Array::<Sums>::new(comptime!(blocks * col_blocks));
+            product(&mut s, k_place, q_place + stage, c.head_dim, tile, c.element); // sᵀ = k · qᵀ
+
+            // What is next is found out, and asked for, while the products are under way.
+            let step = step_at(walk, t, j0, at, scratch, n, with_bias, Side::Keys, c);
+            t = visible_from(walk, t + 1, j0, at, scratch, n, with_bias, Side::Keys, c);
             let other = comptime!(stage_bytes as u32) - stage;
             if t < walk.steps {
                 let next = step_at(walk, t, j0, at, scratch, n, with_bias, Side::Keys, c);
                 load_queries::<E>(q, d_o, q_rows, do_rows, head, next.i0, stage_at + other, scratch, n, c);
             }
             commit_copies();
-
-            let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-            let mut dp = Array::<Sums>::new(comptime!(blocks * col_blocks));
-            product(&mut s, k_place, q_place + stage, c.head_dim, tile, c.element); // sᵀ = k · qᵀ
             if with_dk {
                 product(&mut dp, v_place, do_place + stage, c.value_dim, tile, c.element); // dpᵀ = v · doᵀ
             } else {

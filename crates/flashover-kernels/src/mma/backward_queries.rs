@@ -12,7 +12,7 @@ use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, commit_copies, exp2, row_sum, shared_address, wait_copies};
 use super::scores::{hide, query_and_key, row_index};
-use super::steps::{step_at, visible_from};
+use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
@@ -109,27 +109,31 @@ pub(crate) fn backward_queries_kernel<E: Float>(
         let mut stage = 0u32; // bytes from the first
         // Nobody reads the last sweep's tiles any more.
         sync_cube();
+        let mut next = no_step();
         if t < walk.steps {
-            let step = step_at(walk, t, i0, at, &*scratch, n, with_bias, Side::Queries, c);
-            load_keys::<E>(k, v, k_rows, v_rows, step.j0, stage_at, c);
+            follow(&mut next, step_at(walk, t, i0, at, &*scratch, n, with_bias, Side::Queries, c));
+            load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at, c);
         }
         commit_copies();
         while t < walk.steps {
-            let step = step_at(walk, t, i0, at, &*scratch, n, with_bias, Side::Queries, c);
-            t = visible_from(walk, t + 1, i0, at, &*scratch, n, with_bias, Side::Queries, c);
             wait_copies(0usize);
             // Everyone's copies have arrived, and everyone is done with the other stage.
             sync_cube();
-            let other = comptime!((k_bytes + v_bytes) as u32) - stage;
-            if t < walk.steps {
-                let next = step_at(walk, t, i0, at, &*scratch, n, with_bias, Side::Queries, c);
-                load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
-            }
-            commit_copies();
 
             let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
             let mut dp = Array::<Sums>::new(comptime!(blocks * col_blocks));
             product(&mut s, q_place, k_place + stage, c.head_dim, tile, c.element); // s = q · kᵀ
+
+            // What is next is found out, and asked for, while the products are under way.
+            let mut step = no_step();
+            follow(&mut step, next);
+            t = visible_from(walk, t + 1, i0, at, &*scratch, n, with_bias, Side::Queries, c);
+            let other = comptime!((k_bytes + v_bytes) as u32) - stage;
+            if t < walk.steps {
+                follow(&mut next, step_at(walk, t, i0, at, &*scratch, n, with_bias, Side::Queries, c));
+                load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
+            }
+            commit_copies();
             product(&mut dp, do_place, v_place + stage, c.value_dim, tile, c.element); // dp = do · vᵀ
 
             // s becomes p, dp becomes ds: p · dp in the first sweep.

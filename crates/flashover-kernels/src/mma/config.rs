@@ -30,6 +30,8 @@ pub struct MmaTile {
     pub blocks: usize,
     /// Columns of the tile.
     pub cols: usize,
+    /// Columns whose scores a forward holds in registers at a time.
+    pub part: usize,
 }
 
 impl MmaTile {
@@ -98,7 +100,7 @@ pub struct MmaConfig {
 impl MmaConfig {
     /// The tiles for a problem, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
-        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols };
+        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols };
         let small_plan =
             problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
         let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
@@ -113,7 +115,8 @@ impl MmaConfig {
             (all(small), "few queries")
         } else if dim > WIDE / 2 {
             let narrow = tile(4, 2, 32);
-            (MmaConfig { forward: narrow, queries: narrow, keys: small }, "the tiles measured fastest for such heads")
+            let forward = MmaTile { part: 32, ..tile(4, 2, 64) };
+            (MmaConfig { forward, queries: narrow, keys: small }, "the tiles measured fastest for such heads")
         } else {
             let narrow = tile(4, 2, 32);
             let large = MmaConfig { forward: tile(4, 2, 64), queries: narrow, keys: narrow };

@@ -10,7 +10,7 @@
 
 use cubecl::prelude::*;
 
-use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
+use super::config::{COLS, Compiled, MmaTile, ROWS, STAGES, WARP};
 use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, any_lane, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
 use super::scores::{all_scores, hide, place, row_index};
@@ -41,7 +41,9 @@ pub(crate) fn forward_kernel<E: Float>(
 ) {
     let tile = comptime!(c.tile);
     let blocks = comptime!(tile.blocks);
-    let (col_blocks, value_blocks) = comptime!((tile.cols / COLS, c.value_dim / COLS));
+    // What of a tile is in registers at a time.
+    let part = comptime!(Compiled { tile: MmaTile { cols: tile.part, ..tile }, ..c });
+    let (col_blocks, value_blocks) = comptime!((tile.part / COLS, c.value_dim / COLS));
     let work = work_of(CUBE_POS, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile.shape());
     if !work.exists {
         terminate!();
@@ -108,35 +110,42 @@ pub(crate) fn forward_kernel<E: Float>(
         wait_copies(0usize);
         // Everyone's copies have arrived, and everyone is done with the other stage.
         sync_cube();
-        let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-        product(&mut s, q_place, k_place + stage, c.head_dim, tile, c.element); // s = q · kᵀ
-
-        // What is next is found out, and asked for, while the products are under way.
         let mut step = no_step();
         follow(&mut step, next);
-        t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, Side::Queries, c);
         let other = comptime!((k_bytes + v_bytes) as u32) - stage;
-        if t < walk.steps {
-            follow(&mut next, step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c));
-            load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
-        }
-        commit_copies();
-
-        if comptime!(c.options) {
-            all_scores::<E>(&mut s, row, step.j0 + column, at, bias, n, with_bias, Side::Queries, c);
-        }
-        if !step.full {
-            let mut none = Array::<Sums>::new(1usize);
-            hide(&mut s, &mut none, row, step.j0 + column, step, at, scratch, n, false, Side::Queries, c);
-        }
-
-        follow_maxima(&s, &mut m, &mut l, &mut acc, unit, c);
-        // p = exp(s − m)
         #[unroll]
-        for x in 0..comptime!(blocks * col_blocks) {
-            weights(&mut s, &m, &mut l, &hash, unit, step.j0 + column, x, n, c);
+        for number in 0..comptime!(tile.cols / tile.part) {
+            let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
+            let down = comptime!((number * tile.part * pitch(c.head_dim)) as u32);
+            product(&mut s, q_place, k_place + stage + down, c.head_dim, part.tile, c.element); // s = q · kᵀ
+
+            if comptime!(number == 0) {
+                // What is next is found out, and asked for, while the products are under way.
+                t = visible_from(walk, t + 1, i0, at, scratch, n, with_bias, Side::Queries, c);
+                if t < walk.steps {
+                    follow(&mut next, step_at(walk, t, i0, at, scratch, n, with_bias, Side::Queries, c));
+                    load_keys::<E>(k, v, k_rows, v_rows, next.j0, stage_at + other, c);
+                }
+                commit_copies();
+            }
+
+            let column = step.j0 + column + comptime!((number * tile.part) as u32);
+            if comptime!(c.options) {
+                all_scores::<E>(&mut s, row, column, at, bias, n, with_bias, Side::Queries, part);
+            }
+            if !step.full {
+                let mut none = Array::<Sums>::new(1usize);
+                hide(&mut s, &mut none, row, column, step, at, scratch, n, false, Side::Queries, part);
+            }
+            follow_maxima(&s, &mut m, &mut l, &mut acc, unit, part);
+            // p = exp(s − m)
+            #[unroll]
+            for x in 0..comptime!(blocks * col_blocks) {
+                weights(&mut s, &m, &mut l, &hash, unit, column, x, n, part);
+            }
+            let down = comptime!((number * tile.part * pitch(c.value_dim)) as u32);
+            accumulate(&mut acc, &s, v_place + stage + down, c.value_dim, part.tile, c.element); // o += p · v
         }
-        accumulate(&mut acc, &s, v_place + stage, c.value_dim, tile, c.element); // o += p · v
         stage = other;
     }
     // The output takes the queries' place: no copy is under way, and nobody reads.
