@@ -3,9 +3,29 @@
 
 use crate::family::launcher::SUM_UNITS;
 use crate::mask::Band;
+use crate::mma::{self, MmaConfig, MmaTile};
 use crate::operands::Wanted;
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
+
+/// A kernel's tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Tile {
+    /// Of a portable kernel.
+    Portable(TileConfig),
+    /// Of a matrix kernel.
+    Mma(MmaTile),
+}
+
+impl core::fmt::Display for Tile {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Tile::Portable(tile) => tile.fmt(f),
+            Tile::Mma(tile) => tile.fmt(f),
+        }
+    }
+}
 
 /// Cost of one launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,7 +33,7 @@ pub struct Cost {
     /// The kernel's name.
     pub kernel: &'static str,
     /// Its tiles; `None` for a kernel without matrix products.
-    pub tile: Option<TileConfig>,
+    pub tile: Option<Tile>,
     /// Floating point operations of its matrix products, 2 a multiply-add, over the pairs of query and key that are
     /// visible by position. Key lengths and dense masks are not known on the host and count as visible.
     pub flops: u64,
@@ -55,12 +75,12 @@ pub fn portable_forward(problem: &Problem, tile: TileConfig, with_lse: bool) -> 
     if problem.is_empty() {
         return Vec::new();
     }
-    let model = Model::new(problem, tile, None);
+    let model = Model::new(problem, portable::scratch_bytes(problem, None));
     let mut costs = model.fill();
     let written = model.o + if with_lse { model.statistic } else { 0 };
     let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
     let bindings = 5 + model.bias_bound + usize::from(with_lse);
-    costs.push(model.tiled("forward", model.products(1, 1), bytes, bindings));
+    costs.push(model.portable(tile, "forward", model.products(1, 1), bytes, bindings));
     costs
 }
 
@@ -75,7 +95,7 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
         return Vec::new();
     }
     let reductions = portable::Reductions::of(problem, wanted, tile);
-    let model = Model::new(problem, tile, Some(&reductions));
+    let model = Model::new(problem, portable::scratch_bytes(problem, Some(&reductions)));
     let mut costs = model.fill();
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
@@ -83,14 +103,14 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     let bytes = model.statistic + dlse + statistics;
     costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
     if scores {
-        costs.push(model.tiled("delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
+        costs.push(model.portable(tile, "delta", model.products(1, 1), read + model.statistic, 5 + model.bias_bound));
         let heads = (problem.heads_q * size_of::<f32>()) as u64;
         let partials = (reductions.slope_partials * size_of::<f32>()) as u64;
         if q || slopes {
             let written = if q { model.q } else { 0 } + if slopes { partials } else { 0 };
             let bindings = 5 + model.bias_bound + usize::from(q);
             let flops = model.products(1 + u64::from(q), 1);
-            costs.push(model.tiled("backward_queries", flops, read + written, bindings));
+            costs.push(model.portable(tile, "backward_queries", flops, read + written, bindings));
         }
         if slopes {
             costs.push(model.small("backward_slopes", partials + heads, 2, SUM_UNITS * size_of::<f32>()));
@@ -101,15 +121,15 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
                 let unread = if k { 0 } else { model.v };
                 let bindings = 4 + 2 * usize::from(k) + usize::from(v) + model.bias_bound;
                 let flops = model.products(1 + u64::from(k), u64::from(k) + u64::from(v));
-                costs.push(model.tiled("backward_keys", flops, read + written - unread, bindings));
+                costs.push(model.portable(tile, "backward_keys", flops, read + written - unread, bindings));
             }
         }
         if bias {
             let partials = (reductions.partials(problem).bias * size_of::<f32>()) as u64;
             if reductions.bias_parts == 1 {
-                costs.push(model.tiled("backward_bias", model.products(1, 1), read + model.bias, 7));
+                costs.push(model.portable(tile, "backward_bias", model.products(1, 1), read + model.bias, 7));
             } else {
-                costs.push(model.tiled("backward_bias", model.products(1, 1), read + partials, 6));
+                costs.push(model.portable(tile, "backward_bias", model.products(1, 1), read + partials, 6));
                 costs.push(model.small("bias_sum", partials + model.bias, 2, 0));
             }
         }
@@ -121,10 +141,64 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     costs
 }
 
+/// Launches of [`mma::forward`].
+pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool) -> Vec<Cost> {
+    if problem.is_empty() {
+        return Vec::new();
+    }
+    let model = Model::new(problem, portable::scratch_bytes(problem, None));
+    let mut costs = model.fill();
+    let written = model.o + if with_lse { model.statistic } else { 0 };
+    let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
+    let bindings = 5 + model.bias_bound + usize::from(with_lse);
+    let tile = config.forward;
+    costs.push(model.mma(
+        tile,
+        tile.forward_shared_bytes(problem),
+        "forward_mma",
+        model.products(1, 1),
+        bytes,
+        bindings,
+    ));
+    costs
+}
+
+/// Launches of [`mma::backward`], which takes no gradients but those of q, k and v; `with_dlse` if the loss depends on the
+/// log-sum-exp.
+pub fn mma_backward(problem: &Problem, config: MmaConfig, wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
+    let Wanted { q, k, v, .. } = wanted;
+    if problem.is_empty() || problem.seq_kv == 0 || !(q || k || v) {
+        return Vec::new();
+    }
+    let model = Model::new(problem, mma::backward_scratch_bytes(problem));
+    let mut costs = model.fill();
+    let statistics = 2 * model.statistic;
+    let dlse = if with_dlse { model.statistic } else { 0 };
+    let read = model.q + model.k + model.v + model.o + model.bias + statistics + model.shared_words();
+    let bytes = model.statistic + dlse + statistics;
+    costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
+    if q || k {
+        let (tile, written) = (config.queries, if q { model.q } else { 0 } + model.statistic);
+        let (shared, bindings) = (tile.queries_shared_bytes(problem), 5 + model.bias_bound + usize::from(q));
+        let flops = model.products(1 + 2 * u64::from(q), 1 + u64::from(q));
+        costs.push(model.mma(tile, shared, "backward_queries_mma", flops, read + written, bindings));
+    }
+    for (k, v) in if mma::keys_fused(problem) { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
+        if k || v {
+            let (tile, written) = (config.keys, if k { model.k } else { 0 } + if v { model.v } else { 0 });
+            let unread = if k { 0 } else { model.v };
+            let bindings = 4 + 2 * usize::from(k) + usize::from(v) + model.bias_bound;
+            let flops = model.products(1 + u64::from(k), u64::from(k) + u64::from(v));
+            let shared = tile.keys_shared_bytes(problem);
+            costs.push(model.mma(tile, shared, "backward_keys_mma", flops, read + written - unread, bindings));
+        }
+    }
+    costs
+}
+
 /// Sizes of a problem's tensors in bytes, and what its launches share.
 struct Model<'a> {
     problem: &'a Problem,
-    tile: TileConfig,
     pairs: u64,
     q: u64,
     k: u64,
@@ -138,14 +212,12 @@ struct Model<'a> {
 }
 
 impl<'a> Model<'a> {
-    fn new(problem: &'a Problem, tile: TileConfig, backward: Option<&portable::Reductions>) -> Self {
+    fn new(problem: &'a Problem, scratch_bytes: usize) -> Self {
         let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, head_dim, value_dim, .. } = *problem;
         let bytes = |elements: usize| (elements * problem.element.bytes()) as u64;
         let bias = problem.bias.filter(|_| seq_kv > 0);
-        let scratch_bytes = portable::scratch_bytes(problem, backward);
         Model {
             problem,
-            tile,
             pairs: visible_pairs(problem),
             q: bytes(batch * heads_q * seq_q * head_dim),
             k: bytes(batch * heads_kv * seq_kv * head_dim),
@@ -190,10 +262,23 @@ impl<'a> Model<'a> {
         costs
     }
 
-    fn tiled(&self, kernel: &'static str, flops: u64, hbm_bytes: u64, bindings: usize) -> Cost {
-        let Model { tile, scratch_bytes, .. } = *self;
+    fn portable(&self, tile: TileConfig, kernel: &'static str, flops: u64, hbm_bytes: u64, bindings: usize) -> Cost {
         let (shared_bytes, units) = (tile.shared_bytes(), tile.units());
-        Cost { kernel, tile: Some(tile), flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+        let tile = Some(Tile::Portable(tile));
+        Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
+    }
+
+    fn mma(
+        &self,
+        tile: MmaTile,
+        shared_bytes: usize,
+        kernel: &'static str,
+        flops: u64,
+        hbm_bytes: u64,
+        bindings: usize,
+    ) -> Cost {
+        let (units, tile) = (tile.units(), Some(Tile::Mma(tile)));
+        Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
     }
 
     /// A kernel without matrix products.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cubecl::ir::FloatKind;
-use cubecl::ir::features::TypeUsage;
+use cubecl::ir::features::{MmaConfig, TypeUsage};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
@@ -117,6 +117,14 @@ pub struct DeviceLimits {
     pub max_iterations: usize,
     /// Whether it is a real GPU: one that a driver compiles unrolled loops for in reasonable time.
     pub hardware: bool,
+    /// Whether kernels may hold PTX: an NVIDIA GPU by CUDA's own compiler.
+    pub ptx: bool,
+    /// Element types that it multiplies in blocks of 16×8×16, summing in f32, with registers that the kernel fills itself.
+    pub matrix_elements: Vec<Element>,
+    /// Element types of matrices that it loads from shared memory into such registers.
+    pub matrix_loads: Vec<Element>,
+    /// Whether it copies to shared memory while it computes.
+    pub async_copies: bool,
 }
 
 impl DeviceLimits {
@@ -130,6 +138,12 @@ impl DeviceLimits {
         let elements = [Element::F32, Element::F16, Element::BF16];
         let hardware = &properties.hardware;
         let real = hardware.plane_size_max >= 32;
+        let features = &properties.features;
+        let multiplied = |element: &Element| {
+            let (a_type, cd_type) = (element_type(*element), element_type(Element::F32));
+            features.matmul.mma.contains(&MmaConfig { a_type, b_type: a_type, cd_type, m: 16, n: 8, k: 16 })
+        };
+        let loaded = |element: &Element| features.matmul.ldmatrix.contains(&element_type(*element));
         DeviceLimits {
             name: client.name().to_string(),
             // CubeCL has already taken off the one for the shapes and scalars that it passes.
@@ -139,6 +153,10 @@ impl DeviceLimits {
             elements: elements.into_iter().filter(usable).collect(),
             max_iterations: if real { usize::MAX } else { SOFTWARE_ITERATIONS },
             hardware: real,
+            ptx: client.name() == "cuda",
+            matrix_elements: elements.into_iter().filter(multiplied).collect(),
+            matrix_loads: elements.into_iter().filter(loaded).collect(),
+            async_copies: features.copy_async,
         }
     }
 }
@@ -170,6 +188,16 @@ pub enum KernelError {
         limit: usize,
         /// What is needed.
         found: usize,
+    },
+    /// A kernel needs something that the device does not have.
+    #[error("{kernel} kernel: expected {what}, which {device} does not have")]
+    Feature {
+        /// The kernel.
+        kernel: &'static str,
+        /// What is missing.
+        what: &'static str,
+        /// The device.
+        device: String,
     },
     /// A plan whose tiles the kernel's tiles do not divide.
     #[error(

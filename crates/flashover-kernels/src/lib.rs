@@ -29,6 +29,7 @@ pub mod family;
 pub mod hopper;
 pub mod launch_log;
 pub mod mask;
+pub mod mma;
 pub mod operands;
 pub mod portable;
 pub mod problem;

@@ -38,6 +38,24 @@ pub struct Wanted {
     pub learned_sinks: bool,
 }
 
+impl Wanted {
+    /// Those of q, k and v.
+    pub fn operands(self) -> Self {
+        let Wanted { q, k, v, .. } = self;
+        Wanted { q, k, v, ..Wanted::default() }
+    }
+
+    /// The others.
+    pub fn parameters(self) -> Self {
+        Wanted { q: false, k: false, v: false, ..self }
+    }
+
+    /// Whether nothing is wanted.
+    pub fn is_empty(self) -> bool {
+        self == Wanted::default()
+    }
+}
+
 /// The gradients that were [`Wanted`], each in the shape and element type of its operand, contiguous.
 #[derive(Debug, Clone)]
 pub struct Gradients<F> {

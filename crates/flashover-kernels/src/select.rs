@@ -1,6 +1,7 @@
 //! Which kernel runs a problem on a device, in which configuration, and why.
 
 use crate::device::{DeviceLimits, KernelError};
+use crate::mma::{self, MmaConfig};
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
 
@@ -13,6 +14,8 @@ pub enum KernelChoice {
     Auto,
     /// The portable family; an error if it cannot run.
     Portable,
+    /// The family for NVIDIA's tensor cores; an error if it cannot run.
+    Mma,
 }
 
 /// A kernel family.
@@ -21,12 +24,15 @@ pub enum KernelChoice {
 pub enum Kernel {
     /// [`portable`]: shared-memory tiles, on every runtime.
     Portable,
+    /// [`mma`]: the tensor cores of NVIDIA GPUs from sm80 on.
+    Mma,
 }
 
 impl core::fmt::Display for Kernel {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
             Kernel::Portable => f.write_str("portable"),
+            Kernel::Mma => f.write_str("mma"),
         }
     }
 }
@@ -36,8 +42,10 @@ impl core::fmt::Display for Kernel {
 pub struct Selection {
     /// The family.
     pub kernel: Kernel,
-    /// Its tiles.
+    /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes and sinks for another.
     pub config: TileConfig,
+    /// Tiles of the matrix kernels, if they are the family.
+    pub mma: Option<MmaConfig>,
     /// Why this family and these tiles, in a sentence.
     pub reason: String,
 }
@@ -68,19 +76,40 @@ pub enum SelectError {
 
 /// Chooses a kernel and its configuration. A kernel asked for by name is that kernel or an error.
 pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) -> Result<Selection, SelectError> {
-    let kernel = Kernel::Portable;
-    let (config, tiles) = portable_tile(problem, limits);
-    let why_kernel = match choice {
-        KernelChoice::Auto => "no other family is built for this device",
-        KernelChoice::Portable => "it was asked for by name",
-    };
-    match portable::check_limits(problem, limits, config) {
-        Ok(()) => Ok(Selection { kernel, config, reason: format!("{kernel}: {why_kernel}; {config}: {tiles}") }),
-        Err(why) => Err(match choice {
-            KernelChoice::Auto => SelectError::Nothing { device: limits.name.clone(), kernel, why },
-            KernelChoice::Portable => SelectError::Named { kernel, why },
-        }),
+    match choice {
+        KernelChoice::Mma => select_mma(problem, limits, "it was asked for by name")
+            .map_err(|why| SelectError::Named { kernel: Kernel::Mma, why }),
+        KernelChoice::Portable => select_portable(problem, limits, "it was asked for by name")
+            .map_err(|why| SelectError::Named { kernel: Kernel::Portable, why }),
+        KernelChoice::Auto => {
+            select_mma(problem, limits, "the tensor cores multiply this element type").or_else(|faster| {
+                let why_kernel = format!("the mma kernel cannot run ({faster})");
+                select_portable(problem, limits, &why_kernel).map_err(|why| SelectError::Nothing {
+                    device: limits.name.clone(),
+                    kernel: Kernel::Portable,
+                    why,
+                })
+            })
+        }
     }
+}
+
+fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+    let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
+    mma::check_limits(problem, limits, tiles)?;
+    let (config, _) = portable_tile(problem, limits);
+    if problem.bias.is_some() || problem.alibi || problem.learned_sinks {
+        // Their gradients are taken by the portable kernels.
+        portable::check_limits(problem, limits, config)?;
+    }
+    Ok(Selection { kernel, config, mma: Some(tiles), reason: format!("{kernel}: {why_kernel}; {tiles}: {why}") })
+}
+
+fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+    let kernel = Kernel::Portable;
+    let (config, why) = portable_tile(problem, limits);
+    portable::check_limits(problem, limits, config)?;
+    Ok(Selection { kernel, config, mma: None, reason: format!("{kernel}: {why_kernel}; {config}: {why}") })
 }
 
 /// Tiles of the portable kernels, and why.
@@ -102,6 +131,7 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block_plan::{PlanShape, TileSize};
     use crate::mask::Band;
     use crate::problem::Element;
 
@@ -114,11 +144,82 @@ mod tests {
             elements: vec![Element::F32, Element::F16],
             max_iterations: usize::MAX,
             hardware: true,
+            ptx: false,
+            matrix_elements: Vec::new(),
+            matrix_loads: Vec::new(),
+            async_copies: false,
         }
     }
 
     fn problem(seq_q: usize, element: Element) -> Problem {
         Problem::new([1, 2, seq_q, 256], [1, 2, 300, 256], [1, 2, 300, 256], element).unwrap()
+    }
+
+    /// An H200 as CubeCL describes it.
+    fn hopper() -> DeviceLimits {
+        let matrix = vec![Element::F16, Element::BF16];
+        DeviceLimits {
+            name: "cuda".into(),
+            max_bindings: 1024,
+            max_shared_bytes: 227 * 1024,
+            max_units: 1024,
+            elements: vec![Element::F32, Element::F16, Element::BF16],
+            ptx: true,
+            matrix_elements: matrix.clone(),
+            matrix_loads: matrix,
+            async_copies: true,
+            ..limits()
+        }
+    }
+
+    #[test]
+    fn tensor_cores_are_preferred_where_they_can_run() {
+        for (d, dv) in [(1, 1), (64, 64), (128, 128), (72, 40), (256, 256), (16, 256)] {
+            for seq_q in [1, 64, 65, 4096] {
+                let (q, k, v) = ([1, 2, seq_q, d], [1, 2, 300, d], [1, 2, 300, dv]);
+                let problem = Problem::new(q, k, v, Element::BF16).unwrap();
+                let auto = select(&problem, &hopper(), KernelChoice::Auto).unwrap();
+                assert_eq!((auto.kernel, auto.mma), (Kernel::Mma, Some(MmaConfig::of(&problem).0)));
+                let named = select(&problem, &hopper(), KernelChoice::Mma).unwrap();
+                assert_ne!(auto.reason, named.reason);
+            }
+        }
+        let f32 = select(&problem(300, Element::F32), &hopper(), KernelChoice::Auto).unwrap();
+        assert_eq!((f32.kernel, f32.mma), (Kernel::Portable, None));
+        assert!(f32.reason.contains("mma kernel cannot run"), "{}", f32.reason);
+    }
+
+    #[test]
+    fn a_named_kernel_says_what_the_device_lacks() {
+        let refused = |limits: DeviceLimits, element| {
+            select(&problem(300, element), &limits, KernelChoice::Mma).unwrap_err().to_string()
+        };
+        let error = refused(DeviceLimits { async_copies: false, ..hopper() }, Element::F16);
+        assert_eq!(
+            error,
+            "the mma kernel was asked for and cannot run: mma kernel: expected asynchronous copies to shared memory \
+             (cp.async), which cuda does not have"
+        );
+        let error = refused(DeviceLimits { matrix_loads: Vec::new(), ..hopper() }, Element::F16);
+        assert!(error.contains("loads of matrices from shared memory (ldmatrix)"), "{error}");
+        let error = refused(DeviceLimits { ptx: false, ..hopper() }, Element::BF16);
+        assert!(error.contains("expected PTX"), "{error}");
+        let error = refused(hopper(), Element::F32);
+        assert!(error.contains("element type: expected one of [F16, BF16] on cuda, got F32"), "{error}");
+        let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..hopper() }, Element::F16);
+        assert!(error.contains("bytes of shared memory"), "{error}");
+    }
+
+    #[test]
+    fn a_plan_that_no_tile_divides_goes_to_the_portable_kernels() {
+        let plan = |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1 };
+        let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
+        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
+            let auto = select(&planned(bq, bk), &hopper(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, kernel, "{bq}x{bk}: {}", auto.reason);
+        }
+        let error = select(&planned(64, 32), &hopper(), KernelChoice::Mma).unwrap_err();
+        assert!(error.to_string().contains("plan: expected tiles of a multiple of [64, 64]"), "{error}");
     }
 
     #[test]

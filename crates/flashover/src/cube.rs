@@ -9,7 +9,8 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 use flashover_kernels::device::DeviceTensor;
 use flashover_kernels::family::Outputs;
-use flashover_kernels::operands::{Operands, Wanted};
+use flashover_kernels::mma::{self, MmaConfig};
+use flashover_kernels::operands::{Gradients, Operands, Wanted};
 use flashover_kernels::portable;
 use flashover_kernels::select::{Kernel, Selection};
 
@@ -64,6 +65,20 @@ impl AttentionBackend for CubeBackend {
                 let (problem, blocks) = (&plan.problem, blocks.as_ref());
                 portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config)
             }
+            Kernel::Mma => {
+                let (problem, blocks) = (&plan.problem, blocks.as_ref());
+                let of_operands = wanted.operands();
+                let tiles = matrix_tiles(selection);
+                mma::backward(&place.client, problem, &operands, &outputs, blocks, of_operands, tiles).and_then(|of| {
+                    let rest = wanted.parameters();
+                    if rest.is_empty() {
+                        return Ok(of);
+                    }
+                    let config = selection.config;
+                    let others = portable::backward(&place.client, problem, &operands, &outputs, blocks, rest, config)?;
+                    Ok(Gradients { q: of.q, k: of.k, v: of.v, ..others })
+                })
+            }
             other => unreachable!("the boundary selects no {other} kernel"),
         };
         let gradients = gradients.unwrap_or_else(|error| refused(&error));
@@ -96,6 +111,10 @@ fn forward(
             let (problem, blocks) = (&plan.problem, blocks.as_ref());
             portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config)
         }
+        Kernel::Mma => {
+            let (problem, blocks) = (&plan.problem, blocks.as_ref());
+            mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection))
+        }
         other => unreachable!("the boundary selects no {other} kernel"),
     };
     let (o, lse) = outputs.unwrap_or_else(|error| refused(&error));
@@ -104,6 +123,10 @@ fn forward(
 
 fn selection(plan: &Plan) -> &Selection {
     plan.selection.as_ref().expect("the boundary selects a kernel for every CubeCL device")
+}
+
+fn matrix_tiles(selection: &Selection) -> MmaConfig {
+    selection.mma.expect("the matrix kernels are selected with their tiles")
 }
 
 fn refused(error: &flashover_kernels::device::KernelError) -> ! {

@@ -18,7 +18,7 @@ use crate::{AttentionError, AttentionOptions};
 pub struct Explanation {
     /// The device, as Burn names it.
     pub device: String,
-    /// The kernel family: `flex`, `portable`, or `composition`.
+    /// The kernel family: `flex`, `portable`, `mma`, or `composition`.
     pub kernel: String,
     /// Why this family and configuration, in a sentence.
     pub reason: String,
@@ -102,10 +102,21 @@ pub fn explain(
         };
         answer.kernel = selection.kernel.to_string();
         answer.reason = selection.reason.clone();
-        let forward = cost::portable_forward(problem, selection.config, tracked);
+        let forward = match selection.mma {
+            Some(tiles) => cost::mma_forward(problem, tiles, tracked),
+            None => cost::portable_forward(problem, selection.config, tracked),
+        };
         answer.forward = forward.into_iter().map(step).collect();
         if tracked {
-            let backward = cost::portable_backward(problem, selection.config, wanted, false);
+            let backward = match selection.mma {
+                Some(tiles) => {
+                    let mut costs = cost::mma_backward(problem, tiles, wanted, false);
+                    let rest = wanted.parameters();
+                    costs.extend(cost::portable_backward(problem, selection.config, rest, false));
+                    costs
+                }
+                None => cost::portable_backward(problem, selection.config, wanted, false),
+            };
             answer.backward = backward.into_iter().map(step).collect();
         }
     }

@@ -35,8 +35,9 @@ fn holds(device: &Device, dtype: DType, options: fn(&Device, DType) -> Attention
     let backward = launches(&|| drop(o.clone().sum().backward()));
     assert!(!backward.is_empty() && backward == expected(&answer.backward), "{backward:#?}\n{answer:#?}");
     for launch in forward.iter().chain(&backward) {
-        // What every WebGPU device grants.
-        assert!(launch.bindings <= 7 && launch.shared_bytes <= 16 * 1024 && launch.units <= 256, "{launch:?}");
+        // What every WebGPU device grants; the matrix kernels never run there.
+        let granted = launch.shared_bytes <= 16 * 1024 && launch.units <= 256;
+        assert!(launch.bindings <= 7 && (granted || launch.kernel.ends_with("_mma")), "{launch:?}");
     }
     assert!(answer.to_string().contains(&answer.reason));
 }

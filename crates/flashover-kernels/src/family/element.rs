@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::walk::Step;
 use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::{dropout_keeps, dropout_row};
-use crate::mask::band_allows;
+use crate::mask::{band_allows, band_keys};
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 
 /// The numbers of a problem, and with them its options, given at run time: a kernel is compiled once for all lengths,
@@ -116,6 +116,32 @@ pub(crate) fn sees(i: u32, j: u32, step: Step, at: Head, scratch: &[u32], n: Num
         seen = bit_is_set(scratch[step.bits + word as usize], j - step.j0);
     }
     seen
+}
+
+/// The keys that a query sees in a tile that no dense mask and no plan's bits touch: those from `start` on and before `end`,
+/// and those before `first`.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Reach {
+    start: i32,
+    end: i32,
+    first: i32,
+}
+
+/// What [`sees`] says of query `i` by position and key lengths, for a kernel that asks about many of its keys.
+#[cube]
+pub(crate) fn reach_of(i: u32, at: Head, n: Numbers) -> Reach {
+    // A query past the end sees nothing.
+    let keys = select(i < n.seq_q, at.keys, 0i32);
+    let (start, end, first) = band_keys(position(i, n), keys, n.ahead, n.left, n.right, n.sinks);
+    Reach { start, end, first }
+}
+
+/// Whether key `j` is within reach.
+#[cube]
+pub(crate) fn in_reach(j: u32, reach: Reach) -> bool {
+    let j = j as i32;
+    (j >= reach.start && j < reach.end) || j < reach.first
 }
 
 /// The query's position on the key axis.

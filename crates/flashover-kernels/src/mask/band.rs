@@ -160,6 +160,14 @@ pub fn band_allows(a: i32, j: i32, ahead: i32, left: i32, right: i32, sinks: i32
     j <= a + ahead && (in_window || j < sinks)
 }
 
+/// The keys that the query at `a` sees, of `keys` that exist: those from the first of the three on and before the second,
+/// and those before the third. What [`band_allows()`] says key by key, for who asks about many.
+#[cube]
+pub fn band_keys(a: i32, keys: i32, ahead: i32, left: i32, right: i32, sinks: i32) -> (i32, i32, i32) {
+    let end = min(a + min(right, ahead) + 1, keys);
+    (a - left, end, min(min(sinks, a + ahead + 1), keys))
+}
+
 /// Whether every query of the tile sees every key of it. Bounds are inclusive.
 #[cube]
 #[allow(clippy::too_many_arguments)]
@@ -191,6 +199,29 @@ mod tests {
             (false, _) => TileKind::Empty,
             (_, true) => TileKind::Full,
             _ => TileKind::Partial,
+        }
+    }
+
+    #[test]
+    fn keys_are_those_that_are_allowed() {
+        for causal in [false, true] {
+            for left in [0, 2, UNBOUNDED] {
+                for right in [0, 3, UNBOUNDED] {
+                    for sinks in [0, 1, 4, 20] {
+                        for keys in [0, 5, 12] {
+                            let band = Band { causal, left, right, sinks };
+                            let (ahead, left, right, sinks) = band.scalars();
+                            for a in -5..15 {
+                                let (start, end, first) = band_keys(a, keys, ahead, left, right, sinks);
+                                for j in 0..12 {
+                                    let seen = j < keys && band.allows(a, j);
+                                    assert_eq!(j >= start && j < end || j < first, seen, "{band:?} {a} {j} of {keys}");
+                                }
+                            }
+                        }
+                    }
+                }
+            }
         }
     }
 

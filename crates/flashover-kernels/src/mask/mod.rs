@@ -43,7 +43,7 @@ pub(crate) mod tests;
 use serde::{Deserialize, Serialize};
 
 use self::band::BoundBand;
-pub use self::band::{Band, TileKind, UNBOUNDED, band_allows, band_tile_empty, band_tile_full};
+pub use self::band::{Band, TileKind, UNBOUNDED, band_allows, band_keys, band_tile_empty, band_tile_full};
 pub use self::bigbird::BigBird;
 pub use self::bound::BoundMask;
 pub use self::butterfly::Butterfly;

@@ -1,0 +1,197 @@
+//! Tiles, and what of a problem is compiled into a kernel.
+
+use super::tile::{PIECE, PIECE_LEN, padded, pitch};
+use crate::block_plan::TileSize;
+use crate::device::DeviceTensor;
+use crate::family::tile_shape::TileShape;
+use crate::problem::{Element, Problem};
+
+/// Rows of one matrix instruction.
+pub(crate) const ROWS: usize = 16;
+
+/// Columns of one matrix instruction.
+pub(crate) const COLS: usize = 8;
+
+/// Units of a warp.
+pub(crate) const WARP: usize = 32;
+
+/// Tiles that are held at a time: one is worked on while the next arrives.
+pub(crate) const STAGES: usize = 2;
+
+/// Head dimension, padded, beyond which the sums of a row take twice the registers.
+const WIDE: usize = 128;
+
+/// Sizes of a cube's tile, known when a kernel is compiled. Rows are what the cube owns, columns what it walks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MmaTile {
+    /// Warps of a cube, one below the other.
+    pub warps: usize,
+    /// Blocks of 16 rows of a warp: a block of the other operand is read from shared memory once for all of them.
+    pub blocks: usize,
+    /// Columns of the tile.
+    pub cols: usize,
+    /// Columns whose scores a forward holds in registers at a time.
+    pub part: usize,
+}
+
+impl MmaTile {
+    /// Rows of the tile.
+    pub const fn rows(&self) -> usize {
+        self.warps * self.blocks * ROWS
+    }
+
+    /// Units of a cube.
+    pub const fn units(&self) -> usize {
+        self.warps * WARP
+    }
+
+    /// Rows and columns.
+    pub(crate) const fn shape(&self) -> TileShape {
+        TileShape { rows: self.rows(), cols: self.cols }
+    }
+
+    /// Shared memory in bytes of a forward's cube: the queries, whose place the output takes, and stages of keys and values.
+    pub(crate) fn forward_shared_bytes(&self, problem: &Problem) -> usize {
+        let (k, v) = pitches(problem);
+        self.rows() * k.max(v) + STAGES * self.cols * (k + v)
+    }
+
+    /// Shared memory in bytes of a cube that owns queries in a backward: they and the gradients of their outputs, and stages
+    /// of keys and values.
+    pub(crate) fn queries_shared_bytes(&self, problem: &Problem) -> usize {
+        let (k, v) = pitches(problem);
+        (self.rows() + STAGES * self.cols) * (k + v)
+    }
+
+    /// Shared memory in bytes of a cube that owns keys in a backward: they and their values, and stages of queries, gradients of
+    /// their outputs, and two statistics.
+    pub(crate) fn keys_shared_bytes(&self, problem: &Problem) -> usize {
+        self.queries_shared_bytes(problem) + STAGES * statistics_bytes(self)
+    }
+}
+
+impl core::fmt::Display for MmaTile {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "tile {}x{}, {} warps", self.rows(), self.cols, self.warps)
+    }
+}
+
+/// Bytes between rows of keys and of values in shared memory.
+fn pitches(problem: &Problem) -> (usize, usize) {
+    (pitch(padded(problem.head_dim)), pitch(padded(problem.value_dim)))
+}
+
+/// Bytes of a stage's log-sum-exps and deltas.
+pub(crate) const fn statistics_bytes(tile: &MmaTile) -> usize {
+    2 * size_of::<f32>() * tile.cols
+}
+
+/// The tiles of a problem's kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MmaConfig {
+    /// Of the forward.
+    pub forward: MmaTile,
+    /// Of the backward's kernel that owns queries.
+    pub queries: MmaTile,
+    /// Of the backward's kernel that owns keys.
+    pub keys: MmaTile,
+}
+
+impl MmaConfig {
+    /// The tiles for a problem, and why.
+    pub fn of(problem: &Problem) -> (Self, &'static str) {
+        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols };
+        let small_plan =
+            problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
+        let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
+        let all = |tile| MmaConfig { forward: tile, queries: tile, keys: tile };
+        let dim = padded(problem.head_dim.max(problem.value_dim));
+        // Which tile is fastest was measured: docs/measurements.md.
+        if dim > WIDE {
+            (all(deep), "more registers go to a row of so many elements")
+        } else if small_plan {
+            (all(small), "the tiles of the block plan are no multiple of larger ones")
+        } else if problem.seq_q <= small.rows() {
+            (all(small), "few queries")
+        } else if dim > WIDE / 2 {
+            let narrow = tile(4, 2, 32);
+            let forward = MmaTile { part: 32, ..tile(4, 2, 64) };
+            (MmaConfig { forward, queries: narrow, keys: small }, "the tiles measured fastest for such heads")
+        } else {
+            let narrow = tile(4, 2, 32);
+            let large = MmaConfig { forward: tile(4, 2, 64), queries: narrow, keys: narrow };
+            (large, "the tiles measured fastest for small heads")
+        }
+    }
+
+    /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
+    pub const fn divides(&self, plan: TileSize) -> bool {
+        let (queries, keys) = (self.queries.shape(), self.keys.shape());
+        self.forward.shape().divides(plan) && queries.divides(plan) && keys.divides(plan)
+    }
+
+    /// Units of the largest cube.
+    pub fn units(&self) -> usize {
+        self.forward.units().max(self.queries.units()).max(self.keys.units())
+    }
+
+    /// Shared memory of the largest cube in bytes.
+    pub fn shared_bytes(&self, problem: &Problem) -> usize {
+        let backward = self.queries.queries_shared_bytes(problem).max(self.keys.keys_shared_bytes(problem));
+        self.forward.forward_shared_bytes(problem).max(backward)
+    }
+}
+
+impl core::fmt::Display for MmaConfig {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "forward {}; backward {} and {}", self.forward, self.queries, self.keys)
+    }
+}
+
+/// What of a problem and its tensors is compiled in, because it costs registers or changes how memory is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Compiled {
+    pub tile: MmaTile,
+    pub element: Element,
+    /// Padded dimensions.
+    pub head_dim: usize,
+    pub value_dim: usize,
+    /// Whether rows are read in 16-byte pieces.
+    pub q_pieces: bool,
+    pub k_pieces: bool,
+    pub v_pieces: bool,
+    /// Likewise the gradient of the output.
+    pub do_pieces: bool,
+    /// Whether a score is more than a product by a positive scale, or its probability is dropped.
+    pub options: bool,
+}
+
+impl Compiled {
+    pub fn of(problem: &Problem, tile: MmaTile, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
+        let Problem { element, head_dim, value_dim, scale, softcap, alibi, dropout, .. } = *problem;
+        Compiled {
+            tile,
+            element,
+            head_dim: padded(head_dim),
+            value_dim: padded(value_dim),
+            q_pieces: in_pieces(q),
+            k_pieces: in_pieces(k),
+            v_pieces: in_pieces(v),
+            do_pieces: do_.is_none_or(in_pieces),
+            // Folded into the exponent, the scale must keep the order of scores.
+            options: softcap.is_some()
+                || alibi
+                || problem.bias.is_some()
+                || dropout.is_some()
+                || scale as f32 <= f32::MIN_POSITIVE,
+        }
+    }
+}
+
+/// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.
+fn in_pieces(tensor: &DeviceTensor) -> bool {
+    let mut outer = tensor.shape.iter().zip(&tensor.strides).take(3);
+    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
+    let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
+    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(PIECE_LEN) && offset.is_multiple_of(PIECE)
+}

@@ -1,0 +1,61 @@
+//! The gradient of one tile of scores, in the registers of a warp.
+//!
+//! ```text
+//! p  = exp(s − lse)
+//! dp = mult ∘ (do · vᵀ)              mult: dropout, the same as in the forward
+//! ds = p ∘ (dp − delta)              FlashAttention-2, Algorithm 2, lines 11 to 14
+//! ```
+
+use cubecl::prelude::*;
+
+use super::forward::LOG2_E;
+use super::ptx::exp2;
+use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
+use crate::family::walk::Step;
+
+/// What is known of a query.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Row {
+    /// Log-sum-exp in natural units; +∞ for a query that saw nothing, so that all its probabilities are 0.
+    pub lse: f32,
+    pub delta: f32,
+    /// Hash for dropout.
+    pub hash: u32,
+}
+
+/// What the scratch buffer holds of a query, as the kernels use it.
+#[cube]
+pub(crate) fn row_of(lse: f32, delta: f32, hash: u32, n: Numbers) -> Row {
+    Row { lse: select(is_minus_infinity(lse), -n.minus_infinity, lse), delta, hash }
+}
+
+/// Turns a product into a probability, before dropout, and a gradient: `(p, ds)`, `ds` for the score, or for the product, if
+/// `of_product`. Hidden elements become 0. Only for problems with options.
+#[cube]
+pub(crate) fn element_with_options<E: Float>(
+    product: f32,
+    dp: f32,
+    i: u32,
+    j: u32,
+    row: Row,
+    step: Step,
+    of_product: bool,
+    at: Head,
+    scratch: &[u32],
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+) -> (f32, f32) {
+    let mut p = 0.0f32;
+    let mut ds = 0.0f32;
+    if step.full || sees(i, j, step, at, scratch, n) {
+        let value = score::<E>(product, i, j, at, bias, n, with_bias);
+        p = exp2((value - row.lse) * LOG2_E);
+        ds = p * (after_dropout(dp, row.hash, j, n) - row.delta);
+        if of_product {
+            ds *= score_derivative(product, i, j, at, n);
+        }
+    }
+    (p, ds)
+}

@@ -1,0 +1,252 @@
+//! From a problem and its operands to launches.
+
+use cubecl::prelude::*;
+
+use super::backward_keys::backward_keys_kernel;
+use super::backward_queries::backward_queries_kernel;
+use super::checks::check_limits;
+use super::config::{Compiled, MmaConfig, MmaTile};
+use super::forward::forward_kernel;
+use super::tile::padded;
+use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
+use crate::family::checks::{check_operands, check_outputs, check_plan};
+use crate::family::element::NumbersLaunch;
+use crate::family::launcher::{Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part};
+use crate::family::scratch::{self, Layout, Partials, row_statistics};
+use crate::family::walk::Side;
+use crate::operands::{Gradients, Operands, Wanted};
+use crate::problem::Problem;
+
+/// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
+/// both contiguous. Nothing is written for an `lse` that was not asked for. `plan` is that of the problem, in
+/// [`flat`](crate::block_plan::flat) form: u32, `[words]`.
+pub fn forward(
+    client: &Client,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    plan: Option<&DeviceTensor>,
+    with_lse: bool,
+    config: MmaConfig,
+) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
+    check_limits(problem, &DeviceLimits::of(client), config)?;
+    let tile = config.forward;
+    check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
+    let elem = element_type(problem.element);
+    let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
+    let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
+    if problem.is_empty() {
+        return Ok((o, lse));
+    }
+    let (problem, operands) = visible_part(problem, operands);
+    let layout = Layout::of(&problem, None);
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
+    let Operands { q, k, v, bias, .. } = &operands;
+    let bound = [q, k, v, &o].into_iter().chain(bias).chain([&scratch]).chain(&lse);
+    let (bindings, address) = binding_facts(bound);
+    launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(&problem), tile.units());
+    // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem;
+    // 16-byte accesses are made only where `Compiled` found rows aligned.
+    unsafe {
+        forward_kernel::launch_unchecked(
+            client,
+            launcher.cubes(cubes_of(&problem, Side::Queries, tile.shape())),
+            tile.dim(),
+            address,
+            q.arg(),
+            k.arg(),
+            v.arg(),
+            bias.as_ref().map(DeviceTensor::arg).into(),
+            scratch.buffer(),
+            o.buffer(),
+            lse.as_ref().map(DeviceTensor::buffer).into(),
+            numbers(&problem, &layout),
+            bias.is_some(),
+            with_lse,
+            Compiled::of(&problem, tile, [q, k, v], None),
+            elem,
+        );
+    }
+    Ok((o, lse))
+}
+
+/// Attention backward: those of `dq`, `dk` and `dv` that are [`Wanted`], contiguous, each in the shape and element type of its
+/// operand. Gradients of the bias, the slopes and the sinks are the portable kernels' business: they are `None` here. `plan` as in
+/// [`forward`].
+pub fn backward(
+    client: &Client,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    outputs: &Outputs,
+    plan: Option<&DeviceTensor>,
+    wanted: Wanted,
+    config: MmaConfig,
+) -> Result<Gradients<DeviceTensor>, KernelError> {
+    check_limits(problem, &DeviceLimits::of(client), config)?;
+    check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
+    check_outputs(problem, outputs)?;
+    let rows = problem.batch * problem.heads_q * problem.seq_q;
+    let scores = rows * problem.seq_kv;
+    let new = |operand: &DeviceTensor| {
+        let make = if scores == 0 { DeviceTensor::zeros } else { DeviceTensor::empty };
+        make(client, &operand.shape, operand.elem)
+    };
+    let gradients = Gradients {
+        q: wanted.q.then(|| new(&operands.q)),
+        k: wanted.k.then(|| new(&operands.k)),
+        v: wanted.v.then(|| new(&operands.v)),
+        ..Gradients::default()
+    };
+    let Gradients { q, k, v, .. } = &gradients;
+    if scores == 0 || !(wanted.q || wanted.k || wanted.v) {
+        return Ok(gradients);
+    }
+    let layout = Layout::of(problem, Some(Partials::default()));
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+    let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
+    let call = Backward { launcher, config, problem, operands, outputs, layout, scratch };
+    call.row_statistics(rows);
+    if wanted.q || wanted.k {
+        call.queries(q.as_ref());
+    }
+    if keys_fused(problem) {
+        if wanted.k || wanted.v {
+            call.keys(k.as_ref(), v.as_ref());
+        }
+    } else {
+        if wanted.k {
+            call.keys(k.as_ref(), None);
+        }
+        if wanted.v {
+            call.keys(None, v.as_ref());
+        }
+    }
+    Ok(gradients)
+}
+
+/// Bytes of the scratch buffer of a backward.
+pub(crate) fn backward_scratch_bytes(problem: &Problem) -> usize {
+    Layout::of(problem, Some(Partials::default())).bytes()
+}
+
+/// Whether `dk` and `dv` come from one launch: seven bindings hold both outputs or a bias, and a unit has registers for sums over
+/// 256 elements of a row.
+pub(crate) fn keys_fused(problem: &Problem) -> bool {
+    let dims = padded(problem.head_dim) + padded(problem.value_dim);
+    problem.bias.is_none() && dims <= crate::problem::MAX_HEAD_DIM
+}
+
+/// The launches of one backward.
+struct Backward<'a> {
+    launcher: Launcher<'a>,
+    config: MmaConfig,
+    problem: &'a Problem,
+    operands: &'a Operands<DeviceTensor>,
+    outputs: &'a Outputs,
+    layout: Layout,
+    scratch: DeviceTensor,
+}
+
+impl Backward<'_> {
+    fn numbers(&self) -> NumbersLaunch {
+        numbers(self.problem, &self.layout)
+    }
+
+    fn compiled(&self, tile: MmaTile) -> Compiled {
+        let Operands { q, k, v, .. } = self.operands;
+        Compiled::of(self.problem, tile, [q, k, v], Some(&self.outputs.do_))
+    }
+
+    fn row_statistics(&self, rows: usize) {
+        let Outputs { lse, dlse, .. } = self.outputs;
+        let (bindings, address) = binding_facts([lse, &self.scratch].into_iter().chain(dlse));
+        self.launcher.note_small("row_statistics", bindings, 0);
+        // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
+        unsafe {
+            row_statistics::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(rows.div_ceil(SUM_UNITS)),
+                CubeDim::new_1d(SUM_UNITS as u32),
+                address,
+                lse.arg(),
+                dlse.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                self.numbers(),
+                dlse.is_some(),
+            );
+        }
+    }
+
+    fn queries(&self, dq: Option<&DeviceTensor>) {
+        let Operands { q, k, v, bias, .. } = self.operands;
+        let tile = self.config.queries;
+        let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias).chain(dq);
+        let (bindings, address) = binding_facts(bound);
+        let shared = tile.queries_shared_bytes(self.problem);
+        self.launcher.note("backward_queries_mma", &tile, bindings, shared, tile.units());
+        // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
+        // `Compiled` found rows aligned.
+        unsafe {
+            backward_queries_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile.shape())),
+                tile.dim(),
+                address,
+                q.arg(),
+                k.arg(),
+                v.arg(),
+                self.outputs.do_.arg(),
+                bias.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                dq.map(DeviceTensor::buffer).into(),
+                self.numbers(),
+                bias.is_some(),
+                dq.is_some(),
+                self.compiled(tile),
+                q.elem,
+            );
+        }
+    }
+
+    fn keys(&self, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
+        let Operands { q, k, v, bias, .. } = self.operands;
+        let tile = self.config.keys;
+        // Only dk asks for do · vᵀ.
+        let v = dk.map(|_| v);
+        let bound = [q, k, &self.outputs.do_, &self.scratch].into_iter().chain(v).chain(bias).chain(dk).chain(dv);
+        let (bindings, address) = binding_facts(bound);
+        let shared = tile.keys_shared_bytes(self.problem);
+        self.launcher.note("backward_keys_mma", &tile, bindings, shared, tile.units());
+        // SAFETY: as in `queries`.
+        unsafe {
+            backward_keys_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(cubes_of(self.problem, Side::Keys, tile.shape())),
+                tile.dim(),
+                address,
+                q.arg(),
+                k.arg(),
+                v.map(DeviceTensor::arg).into(),
+                self.outputs.do_.arg(),
+                bias.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                dk.map(DeviceTensor::buffer).into(),
+                dv.map(DeviceTensor::buffer).into(),
+                self.numbers(),
+                bias.is_some(),
+                dk.is_some(),
+                dv.is_some(),
+                self.compiled(tile),
+                q.elem,
+            );
+        }
+    }
+}
+
+impl MmaTile {
+    fn dim(&self) -> CubeDim {
+        CubeDim::new_1d(self.units() as u32)
+    }
+}

@@ -1,0 +1,28 @@
+//! The kernels for the tensor cores of NVIDIA GPUs from sm80 on: `mma.sync`, `ldmatrix` and `cp.async`.
+//!
+//! f16 and bf16 operands, sums and softmax in f32. The instructions are inline PTX: what lies in which register of which lane
+//! is the kernels' own business, and addresses are computed once. No float atomics: results are the same bits every time.
+
+// Operands, strides, tiles and flags: a kernel has many arguments, and naming bundles of them would not make it clearer.
+#![allow(clippy::too_many_arguments)]
+// A comptime `if` around a run-time one removes its body; the two conditions joined would not.
+#![allow(clippy::collapsible_if)]
+
+mod backward_keys;
+mod backward_queries;
+mod checks;
+mod config;
+mod forward;
+mod gradient;
+mod launch;
+mod products;
+mod ptx;
+mod scores;
+mod steps;
+mod store;
+mod tile;
+
+pub use checks::check_limits;
+pub use config::{MmaConfig, MmaTile};
+pub use launch::{backward, forward};
+pub(crate) use launch::{backward_scratch_bytes, keys_fused};

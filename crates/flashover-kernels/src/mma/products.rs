@@ -1,0 +1,82 @@
+//! The two shapes of product: of two tiles in shared memory, and of a tile in registers with one in shared memory.
+
+use cubecl::prelude::*;
+
+use super::config::{COLS, MmaTile, ROWS};
+use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma, pack};
+use super::tile::{DEPTH, PIECE, pitch};
+use crate::problem::Element;
+
+/// `s = a · bᵀ` over `dim` elements: this warp's rows of `a` at [`row_place`](super::tile::row_place), the columns of the tile at
+/// [`column_place`](super::tile::column_place) of `b`.
+#[cube]
+pub(crate) fn product(
+    s: &mut Array<Sums>,
+    a: u32,
+    b: u32,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let (blocks, col_blocks) = comptime!((tile.blocks, tile.cols / COLS));
+    #[unroll]
+    for x in 0..comptime!(blocks * col_blocks) {
+        s[x] = Sums::new(0.0f32);
+    }
+    #[unroll]
+    for d in 0..comptime!(dim / DEPTH) {
+        let mut rows = Array::<Fragment>::new(blocks);
+        #[unroll]
+        for block in 0..blocks {
+            rows[block] = load_matrix(a, comptime!(block * ROWS * pitch(dim) + 2 * DEPTH * d));
+        }
+        #[unroll]
+        for pair in 0..comptime!(col_blocks / 2) {
+            let columns = load_matrix(b, comptime!(pair * 2 * COLS * pitch(dim) + 2 * DEPTH * d));
+            #[unroll]
+            for block in 0..blocks {
+                let x = comptime!(block * col_blocks + 2 * pair);
+                s[x] = mma(rows[block], columns.extract(0usize), columns.extract(1usize), s[x], element);
+                s[x + 1] = mma(rows[block], columns.extract(2usize), columns.extract(3usize), s[x + 1], element);
+            }
+        }
+    }
+}
+
+/// `acc += weights · b`: the columns of `weights`, rounded, are the rows of `b`, at [`row_place`](super::tile::row_place).
+#[cube]
+pub(crate) fn accumulate(
+    acc: &mut Array<Sums>,
+    weights: &Array<Sums>,
+    b: u32,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let (blocks, col_blocks, value_blocks) = comptime!((tile.blocks, tile.cols / COLS, dim / COLS));
+    #[unroll]
+    for depth in 0..comptime!(tile.cols / DEPTH) {
+        let mut rows = Array::<Fragment>::new(blocks);
+        #[unroll]
+        for block in 0..blocks {
+            let left = weights[comptime!(block * col_blocks + 2 * depth)];
+            let right = weights[comptime!(block * col_blocks + 2 * depth + 1)];
+            let mut packed = Fragment::new(0u32);
+            packed.insert(0usize, pack(left.extract(0usize), left.extract(1usize), element));
+            packed.insert(1usize, pack(left.extract(2usize), left.extract(3usize), element));
+            packed.insert(2usize, pack(right.extract(0usize), right.extract(1usize), element));
+            packed.insert(3usize, pack(right.extract(2usize), right.extract(3usize), element));
+            rows[block] = packed;
+        }
+        #[unroll]
+        for pair in 0..comptime!(value_blocks / 2) {
+            let values = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch(dim) + pair * 2 * PIECE));
+            #[unroll]
+            for block in 0..blocks {
+                let x = comptime!(block * value_blocks + 2 * pair);
+                acc[x] = mma(rows[block], values.extract(0usize), values.extract(1usize), acc[x], element);
+                acc[x + 1] = mma(rows[block], values.extract(2usize), values.extract(3usize), acc[x + 1], element);
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The instructions that the kernels are made of, as inline PTX for sm80 and later.
+//!
+//! Shared memory is addressed by bytes within the shared window, global memory by its 64-bit address: offsets that are known
+//! when a kernel is compiled become immediates of the instructions.
+//!
+//! Register layouts (PTX ISA, "Matrix fragments for mma.m16n8k16"), with `g = lane / 4` and `t = lane % 4`:
+//!
+//! ```text
+//! A    [16, 16]   4 registers of 2:  (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), and the next column each
+//! B    [16, 8]    2 registers of 2:  (2t, g), (2t + 8, g), and the next row each
+//! C, D [16, 8]    4 floats:          (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//! ```
+
+use cubecl::prelude::*;
+
+use crate::problem::Element;
+
+/// Four registers of two elements: an A operand, or two B operands side by side.
+pub(crate) type Fragment = Vector<u32, Const<4>>;
+
+/// A lane's part of a 16×8 block of sums.
+pub(crate) type Sums = Vector<f32, Const<4>>;
+
+/// Inline assembly takes a mutable variable by its address: these read it first.
+#[cube]
+fn sums_of(x: Sums) -> Sums {
+    intrinsic!(|scope| x.read_value(scope).into())
+}
+
+#[cube]
+fn fragment_of(x: Fragment) -> Fragment {
+    intrinsic!(|scope| x.read_value(scope).into())
+}
+
+#[cube]
+fn float_of(x: f32) -> f32 {
+    intrinsic!(|scope| x.read_value(scope).into())
+}
+
+#[cube]
+fn word_of(x: u32) -> u32 {
+    intrinsic!(|scope| x.read_value(scope).into())
+}
+
+#[cube]
+fn address_of(x: u64) -> u64 {
+    intrinsic!(|scope| x.read_value(scope).into())
+}
+
+/// `a · b + c` of a 16×16 and a 16×8 block.
+#[cube]
+pub(crate) fn mma(a: Fragment, b0: u32, b1: u32, c: Sums, #[comptime] element: Element) -> Sums {
+    let (a, b0, b1, c) = (fragment_of(a), word_of(b0), word_of(b1), sums_of(c));
+    let kind = comptime!(element.name());
+    let out: Sums;
+    gpu_asm!(
+        "mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {a}, {{{b0}, {b1}}}, {c};",
+        d = out(_) out, a = in(_) a, b0 = in(_) b0, b1 = in(_) b1, c = in(_) c, options(pure, nomem),
+    );
+    out
+}
+
+/// Four 8×8 blocks from shared memory; lane `l` names row `l % 8` of block `l / 8`.
+#[cube]
+pub(crate) fn load_matrix(address: u32, #[comptime] offset: usize) -> Fragment {
+    let address = word_of(address);
+    let out: Fragment;
+    gpu_asm!(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {out}, [{address}+{offset}];",
+        out = out(_) out, address = in(_) address,
+    );
+    out
+}
+
+/// [`load_matrix`], each block transposed.
+#[cube]
+pub(crate) fn load_matrix_transposed(address: u32, #[comptime] offset: usize) -> Fragment {
+    let address = word_of(address);
+    let out: Fragment;
+    gpu_asm!(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {out}, [{address}+{offset}];",
+        out = out(_) out, address = in(_) address,
+    );
+    out
+}
+
+/// Two floats rounded to a register of two elements, `low` in front.
+#[cube]
+pub(crate) fn pack(low: f32, high: f32, #[comptime] element: Element) -> u32 {
+    let (low, high) = (float_of(low), float_of(high));
+    let kind = comptime!(element.name());
+    let out: u32;
+    gpu_asm!(
+        "cvt.rn.{kind}x2.f32 {out}, {high}, {low};",
+        out = out(_) out, high = in(_) high, low = in(_) low, options(pure, nomem),
+    );
+    out
+}
+
+/// `2ˣ`.
+#[cube]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let x = float_of(x);
+    let out: f32;
+    gpu_asm!("ex2.approx.ftz.f32 {out}, {x};", out = out(_) out, x = in(_) x, options(pure, nomem));
+    out
+}
+
+/// `x` of the lane whose number differs by `mask`.
+#[cube]
+fn other_lane(x: f32, #[comptime] mask: usize) -> f32 {
+    let x = float_of(x);
+    let out: f32;
+    gpu_asm!("shfl.sync.bfly.b32 {out}, {x}, {mask}, 31, -1;", out = out(_) out, x = in(_) x);
+    out
+}
+
+/// Maximum over the four lanes that share a row of sums.
+#[cube]
+pub(crate) fn row_maximum(x: f32) -> f32 {
+    let x = max(x, other_lane(x, 1usize));
+    max(x, other_lane(x, 2usize))
+}
+
+/// Sum over the four lanes that share a row of sums.
+#[cube]
+pub(crate) fn row_sum(x: f32) -> f32 {
+    let x = x + other_lane(x, 1usize);
+    x + other_lane(x, 2usize)
+}
+
+/// Whether `x` holds in any lane of the warp.
+#[cube]
+pub(crate) fn any_lane(x: bool) -> bool {
+    let x = word_of(u32::cast_from(x));
+    let out: u32;
+    gpu_asm!(
+        "{{ .reg .pred holds; setp.ne.u32 holds, {x}, 0; vote.sync.any.pred holds, holds, -1; selp.u32 {out}, 1, 0, holds; }}",
+        out = out(_) out, x = in(_) x,
+    );
+    out != 0
+}
+
+/// Starts copying 16 bytes to shared memory, or zeros where not `valid`.
+#[cube]
+pub(crate) fn copy_async(to: u32, #[comptime] offset: usize, from: u64, valid: bool) {
+    let (to, from) = (word_of(to), address_of(from));
+    let bytes = word_of(select(valid, 16u32, 0u32));
+    gpu_asm!(
+        "cp.async.cg.shared.global [{to}+{offset}], [{from}], 16, {bytes};",
+        to = in(_) to, from = in(_) from, bytes = in(_) bytes,
+    );
+}
+
+/// [`copy_async`] of 4 bytes.
+#[cube]
+pub(crate) fn copy_word_async(to: u32, from: u64, valid: bool) {
+    let (to, from) = (word_of(to), address_of(from));
+    let bytes = word_of(select(valid, 4u32, 0u32));
+    gpu_asm!(
+        "cp.async.ca.shared.global [{to}], [{from}], 4, {bytes};",
+        to = in(_) to, from = in(_) from, bytes = in(_) bytes,
+    );
+}
+
+/// Closes the group of the copies started since the last one.
+#[cube]
+pub(crate) fn commit_copies() {
+    gpu_asm!("cp.async.commit_group;");
+}
+
+/// Waits until all but the last `pending` groups of this unit have arrived.
+#[cube]
+pub(crate) fn wait_copies(#[comptime] pending: usize) {
+    gpu_asm!("cp.async.wait_group {pending};", pending = const pending);
+}
+
+/// Writes a register to shared memory.
+#[cube]
+pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
+    let (address, x) = (word_of(address), word_of(x));
+    gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Writes 16 bytes to shared memory.
+#[cube]
+pub(crate) fn store_shared_16(address: u32, #[comptime] offset: usize, x: Fragment) {
+    let (address, x) = (word_of(address), fragment_of(x));
+    gpu_asm!("st.shared.v4.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Reads 16 bytes from shared memory.
+#[cube]
+pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Fragment {
+    let address = word_of(address);
+    let out: Fragment;
+    gpu_asm!("ld.shared.v4.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
+}
+
+/// Reads two floats from shared memory.
+#[cube]
+pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {
+    let address = word_of(address);
+    let out: Vector<f32, Const<2>>;
+    gpu_asm!("ld.shared.v2.f32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
+}
+
+/// Writes 16 bytes to global memory.
+#[cube]
+pub(crate) fn store_global_16(address: u64, x: Fragment) {
+    let (address, x) = (address_of(address), fragment_of(x));
+    gpu_asm!("st.global.v4.b32 [{address}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Where shared memory starts, in bytes within the shared window.
+#[cube]
+pub(crate) fn shared_address(memory: &Shared<[Fragment]>) -> u32 {
+    // SAFETY: only the start is taken; what is read and written lies within the lengths that the config gives.
+    let pointer = unsafe { memory.as_slice().as_ptr_unchecked() };
+    let out: u32;
+    gpu_asm!(
+        "{{ .reg .u64 window; cvta.to.shared.u64 window, {p}; cvt.u32.u64 {out}, window; }}",
+        p = in(_) pointer, out = out(_) out,
+    );
+    out
+}
+
+/// Where a tensor starts in global memory.
+#[cube]
+pub(crate) fn global_address<E: CubePrimitive>(tensor: &[E]) -> u64 {
+    // SAFETY: only the start is taken; rows and elements are tested against the tensor's shape before they are touched.
+    let pointer = unsafe { tensor.as_ptr_unchecked() };
+    let out: u64;
+    gpu_asm!("mov.u64 {out}, {p};", p = in(_) pointer, out = out(_) out);
+    out
+}

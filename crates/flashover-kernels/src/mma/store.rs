@@ -1,0 +1,75 @@
+//! Sums in registers become rows of a tensor.
+
+use cubecl::prelude::*;
+
+use super::config::{COLS, MmaTile, ROWS, WARP};
+use super::ptx::{Sums, global_address, load_shared_16, pack, store_global_16, store_shared};
+use super::tile::{PIECE, PIECE_LEN, pitch};
+use crate::problem::Element;
+
+/// Writes `acc · factor`, rounded, to rows `row ..` of a contiguous tensor whose first row of this head is `first`, and of which
+/// the head has `rows`: through this warp's rows of shared memory from `at` on, in 16-byte pieces, where rows are whole numbers
+/// of them. `factor` has one for each row of this lane. The caller sees to it that nobody uses that memory.
+#[cube]
+pub(crate) fn store_rows<E: Float>(
+    acc: &Array<Sums>,
+    factor: &Array<f32>,
+    out: &mut [E],
+    first: usize,
+    row: u32,
+    rows: u32,
+    at: u32,
+    width: u32,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
+    let lane = UNIT_POS % comptime!(WARP as u32);
+    let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
+    if width % comptime!(PIECE_LEN as u32) == 0 {
+        let at = at + warp_row * comptime!(pitch(dim) as u32);
+        let to = at + lane / 4 * comptime!(pitch(dim) as u32) + lane % 4 * 4;
+        #[unroll]
+        for x in 0..comptime!(blocks * value_blocks) {
+            #[unroll]
+            for half in 0..2usize {
+                let factor = factor[comptime!(x / value_blocks * 2 + half)];
+                let low = acc[x].extract(comptime!(2 * half)) * factor;
+                let high = acc[x].extract(comptime!(2 * half + 1)) * factor;
+                let below = comptime!(x / value_blocks * ROWS + half * 8);
+                let offset = comptime!(below * pitch(dim) + x % value_blocks * PIECE);
+                store_shared(to, offset, pack(low, high, element));
+            }
+        }
+        sync_plane();
+        let start = global_address::<E>(&*out);
+        let per_row = width / comptime!(PIECE_LEN as u32);
+        let mut e = lane;
+        while e < per_row * comptime!((blocks * ROWS) as u32) {
+            let (r, piece) = (e / per_row, e % per_row);
+            let i = row + warp_row + r;
+            if i < rows {
+                let from = at + r * comptime!(pitch(dim) as u32) + piece * comptime!(PIECE as u32);
+                let bytes = (first + i as usize) as u64 * u64::cast_from(width * 2)
+                    + u64::cast_from(piece) * comptime!(PIECE as u64);
+                store_global_16(start + bytes, load_shared_16(from, 0usize));
+            }
+            e += comptime!(WARP as u32);
+        }
+    } else {
+        #[unroll]
+        for x in 0..comptime!(blocks * value_blocks) {
+            #[unroll]
+            for z in 0..4usize {
+                let below = comptime!((x / value_blocks * ROWS + z / 2 * 8) as u32);
+                let i = row + warp_row + lane / 4 + below;
+                let d = lane % 4 * 2 + comptime!((x % value_blocks * COLS + z % 2) as u32);
+                if i < rows && d < width {
+                    let y = acc[x].extract(z) * factor[comptime!(x / value_blocks * 2 + z / 2)];
+                    out[(first + i as usize) * width as usize + d as usize] = E::cast_from(y);
+                }
+            }
+        }
+    }
+}
