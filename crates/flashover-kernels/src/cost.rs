@@ -2,6 +2,7 @@
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
 use crate::family::launcher::SUM_UNITS;
+use crate::hopper::HopperConfig;
 use crate::mask::Band;
 use crate::mma::{self, MmaConfig, MmaTile};
 use crate::operands::Wanted;
@@ -16,6 +17,8 @@ pub enum Tile {
     Portable(TileConfig),
     /// Of a matrix kernel.
     Mma(MmaTile),
+    /// Of the Hopper kernel.
+    Hopper(HopperConfig),
 }
 
 impl core::fmt::Display for Tile {
@@ -23,6 +26,7 @@ impl core::fmt::Display for Tile {
         match self {
             Tile::Portable(tile) => tile.fmt(f),
             Tile::Mma(tile) => tile.fmt(f),
+            Tile::Hopper(tile) => tile.fmt(f),
         }
     }
 }
@@ -143,23 +147,35 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
 
 /// Launches of [`mma::forward`].
 pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool) -> Vec<Cost> {
+    let tile = config.forward;
+    let (shared, units) = (tile.forward_shared_bytes(problem), tile.units());
+    matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse)
+}
+
+/// Launches of [`hopper::forward`](crate::hopper::forward), copies of operands that its copy engine cannot read not counted.
+pub fn hopper_forward(problem: &Problem, config: HopperConfig, with_lse: bool) -> Vec<Cost> {
+    let (shared, units) = (config.shared_bytes(), config.units());
+    matrix_forward(problem, "forward_hopper", Tile::Hopper(config), shared, units, with_lse)
+}
+
+fn matrix_forward(
+    problem: &Problem,
+    kernel: &'static str,
+    tile: Tile,
+    shared_bytes: usize,
+    units: usize,
+    with_lse: bool,
+) -> Vec<Cost> {
     if problem.is_empty() {
         return Vec::new();
     }
     let model = Model::new(problem, portable::scratch_bytes(problem, None));
     let mut costs = model.fill();
     let written = model.o + if with_lse { model.statistic } else { 0 };
-    let bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
+    let hbm_bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
     let bindings = 5 + model.bias_bound + usize::from(with_lse);
-    let tile = config.forward;
-    costs.push(model.mma(
-        tile,
-        tile.forward_shared_bytes(problem),
-        "forward_mma",
-        model.products(1, 1),
-        bytes,
-        bindings,
-    ));
+    let (flops, scratch_bytes, tile) = (model.products(1, 1), model.scratch_bytes, Some(tile));
+    costs.push(Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes });
     costs
 }
 

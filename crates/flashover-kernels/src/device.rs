@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cubecl::ir::FloatKind;
-use cubecl::ir::features::{MmaConfig, TypeUsage};
+use cubecl::ir::features::{MmaConfig, Tma, TypeUsage};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
@@ -125,6 +125,8 @@ pub struct DeviceLimits {
     pub matrix_loads: Vec<Element>,
     /// Whether it copies to shared memory while it computes.
     pub async_copies: bool,
+    /// Whether it is a Hopper GPU: the copy engine, and products of warpgroups (`wgmma`), which no later GPU has.
+    pub wgmma: bool,
 }
 
 impl DeviceLimits {
@@ -157,6 +159,7 @@ impl DeviceLimits {
             matrix_elements: elements.into_iter().filter(multiplied).collect(),
             matrix_loads: elements.into_iter().filter(loaded).collect(),
             async_copies: features.copy_async,
+            wgmma: features.tma.contains(Tma::Base) && properties.identity.fingerprint == "ptx_sm90",
         }
     }
 }
@@ -198,6 +201,26 @@ pub enum KernelError {
         what: &'static str,
         /// The device.
         device: String,
+    },
+    /// A head dimension that the kernel does not take.
+    #[error("{kernel} kernel: expected a {what} dimension that is a multiple of {multiple}, got {found}")]
+    HeadDim {
+        /// The kernel.
+        kernel: &'static str,
+        /// `head` or `value`.
+        what: &'static str,
+        /// What it must be a multiple of.
+        multiple: usize,
+        /// What came.
+        found: usize,
+    },
+    /// A tensor that the kernel cannot read where it lies.
+    #[error("{operand}: expected rows without gaps at multiples of 16 bytes, got strides {found:?}")]
+    Layout {
+        /// The operand.
+        operand: &'static str,
+        /// Its strides in elements.
+        found: Vec<usize>,
     },
     /// A plan whose tiles the kernel's tiles do not divide.
     #[error(

@@ -1,6 +1,7 @@
 //! Which kernel runs a problem on a device, in which configuration, and why.
 
 use crate::device::{DeviceLimits, KernelError};
+use crate::hopper::{self, HopperConfig};
 use crate::mma::{self, MmaConfig};
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
@@ -16,6 +17,8 @@ pub enum KernelChoice {
     Portable,
     /// The family for NVIDIA's tensor cores; an error if it cannot run.
     Mma,
+    /// The family for NVIDIA's Hopper GPUs; an error if it cannot run. The backward is that of [`Mma`](Self::Mma).
+    Hopper,
 }
 
 /// A kernel family.
@@ -26,6 +29,8 @@ pub enum Kernel {
     Portable,
     /// [`mma`]: the tensor cores of NVIDIA GPUs from sm80 on.
     Mma,
+    /// [`hopper`]: the copy engine and warpgroup products of sm90, forward; the backward is that of [`mma`].
+    Hopper,
 }
 
 impl core::fmt::Display for Kernel {
@@ -33,6 +38,7 @@ impl core::fmt::Display for Kernel {
         match self {
             Kernel::Portable => f.write_str("portable"),
             Kernel::Mma => f.write_str("mma"),
+            Kernel::Hopper => f.write_str("hopper"),
         }
     }
 }
@@ -44,8 +50,10 @@ pub struct Selection {
     pub kernel: Kernel,
     /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes and sinks for another.
     pub config: TileConfig,
-    /// Tiles of the matrix kernels, if they are the family.
+    /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
+    /// Tiles of the Hopper kernel, if that is the family.
+    pub hopper: Option<HopperConfig>,
     /// Why this family and these tiles, in a sentence.
     pub reason: String,
 }
@@ -76,13 +84,19 @@ pub enum SelectError {
 
 /// Chooses a kernel and its configuration. A kernel asked for by name is that kernel or an error.
 pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) -> Result<Selection, SelectError> {
+    let named = "it was asked for by name";
+    let refused = |kernel: Kernel| move |why: KernelError| SelectError::Named { kernel, why };
     match choice {
-        KernelChoice::Mma => select_mma(problem, limits, "it was asked for by name")
-            .map_err(|why| SelectError::Named { kernel: Kernel::Mma, why }),
-        KernelChoice::Portable => select_portable(problem, limits, "it was asked for by name")
-            .map_err(|why| SelectError::Named { kernel: Kernel::Portable, why }),
+        KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
+        KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
+        KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         KernelChoice::Auto => {
-            select_mma(problem, limits, "the tensor cores multiply this element type").or_else(|faster| {
+            let hopper = select_hopper(problem, limits, "a Hopper GPU, and this element type");
+            let mma = hopper.or_else(|faster| {
+                let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
+                select_mma(problem, limits, &why)
+            });
+            mma.or_else(|faster| {
                 let why_kernel = format!("the mma kernel cannot run ({faster})");
                 select_portable(problem, limits, &why_kernel).map_err(|why| SelectError::Nothing {
                     device: limits.name.clone(),
@@ -94,6 +108,14 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     }
 }
 
+fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+    let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
+    hopper::check_limits(problem, limits, tiles)?;
+    let backward = select_mma(problem, limits, "the backward")?;
+    let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {}", backward.reason);
+    Ok(Selection { kernel, hopper: Some(tiles), reason, ..backward })
+}
+
 fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
     mma::check_limits(problem, limits, tiles)?;
@@ -102,14 +124,14 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
         // Their gradients are taken by the portable kernels.
         portable::check_limits(problem, limits, config)?;
     }
-    Ok(Selection { kernel, config, mma: Some(tiles), reason: format!("{kernel}: {why_kernel}; {tiles}: {why}") })
+    Ok(Selection { kernel, config, mma: Some(tiles), hopper: None, reason: format!("{kernel}: {why_kernel}; {tiles}: {why}") })
 }
 
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let kernel = Kernel::Portable;
     let (config, why) = portable_tile(problem, limits);
     portable::check_limits(problem, limits, config)?;
-    Ok(Selection { kernel, config, mma: None, reason: format!("{kernel}: {why_kernel}; {config}: {why}") })
+    Ok(Selection { kernel, config, mma: None, hopper: None, reason: format!("{kernel}: {why_kernel}; {config}: {why}") })
 }
 
 /// Tiles of the portable kernels, and why.
@@ -148,6 +170,7 @@ mod tests {
             matrix_elements: Vec::new(),
             matrix_loads: Vec::new(),
             async_copies: false,
+            wgmma: false,
         }
     }
 
@@ -156,7 +179,12 @@ mod tests {
     }
 
     /// An H200 as CubeCL describes it.
-    fn hopper() -> DeviceLimits {
+    fn h200() -> DeviceLimits {
+        DeviceLimits { wgmma: true, ..ampere() }
+    }
+
+    /// The same without what only Hopper has.
+    fn ampere() -> DeviceLimits {
         let matrix = vec![Element::F16, Element::BF16];
         DeviceLimits {
             name: "cuda".into(),
@@ -168,6 +196,7 @@ mod tests {
             matrix_elements: matrix.clone(),
             matrix_loads: matrix,
             async_copies: true,
+            wgmma: false,
             ..limits()
         }
     }
@@ -178,13 +207,13 @@ mod tests {
             for seq_q in [1, 64, 65, 4096] {
                 let (q, k, v) = ([1, 2, seq_q, d], [1, 2, 300, d], [1, 2, 300, dv]);
                 let problem = Problem::new(q, k, v, Element::BF16).unwrap();
-                let auto = select(&problem, &hopper(), KernelChoice::Auto).unwrap();
+                let auto = select(&problem, &ampere(), KernelChoice::Auto).unwrap();
                 assert_eq!((auto.kernel, auto.mma), (Kernel::Mma, Some(MmaConfig::of(&problem).0)));
-                let named = select(&problem, &hopper(), KernelChoice::Mma).unwrap();
+                let named = select(&problem, &ampere(), KernelChoice::Mma).unwrap();
                 assert_ne!(auto.reason, named.reason);
             }
         }
-        let f32 = select(&problem(300, Element::F32), &hopper(), KernelChoice::Auto).unwrap();
+        let f32 = select(&problem(300, Element::F32), &ampere(), KernelChoice::Auto).unwrap();
         assert_eq!((f32.kernel, f32.mma), (Kernel::Portable, None));
         assert!(f32.reason.contains("mma kernel cannot run"), "{}", f32.reason);
     }
@@ -194,20 +223,53 @@ mod tests {
         let refused = |limits: DeviceLimits, element| {
             select(&problem(300, element), &limits, KernelChoice::Mma).unwrap_err().to_string()
         };
-        let error = refused(DeviceLimits { async_copies: false, ..hopper() }, Element::F16);
+        let error = refused(DeviceLimits { async_copies: false, ..ampere() }, Element::F16);
         assert_eq!(
             error,
             "the mma kernel was asked for and cannot run: mma kernel: expected asynchronous copies to shared memory \
              (cp.async), which cuda does not have"
         );
-        let error = refused(DeviceLimits { matrix_loads: Vec::new(), ..hopper() }, Element::F16);
+        let error = refused(DeviceLimits { matrix_loads: Vec::new(), ..ampere() }, Element::F16);
         assert!(error.contains("loads of matrices from shared memory (ldmatrix)"), "{error}");
-        let error = refused(DeviceLimits { ptx: false, ..hopper() }, Element::BF16);
+        let error = refused(DeviceLimits { ptx: false, ..ampere() }, Element::BF16);
         assert!(error.contains("expected PTX"), "{error}");
-        let error = refused(hopper(), Element::F32);
+        let error = refused(ampere(), Element::F32);
         assert!(error.contains("element type: expected one of [F16, BF16] on cuda, got F32"), "{error}");
-        let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..hopper() }, Element::F16);
+        let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..ampere() }, Element::F16);
         assert!(error.contains("bytes of shared memory"), "{error}");
+    }
+
+    #[test]
+    fn hopper_takes_rows_of_whole_16_bytes() {
+        for (d, dv, kernel) in [
+            (64, 64, Kernel::Hopper),
+            (8, 256, Kernel::Hopper),
+            (72, 40, Kernel::Hopper),
+            (128, 60, Kernel::Mma),
+            (1, 64, Kernel::Mma),
+        ] {
+            let problem = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::F16).unwrap();
+            let auto = select(&problem, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, kernel, "{d}, {dv}: {}", auto.reason);
+            assert_eq!(auto.hopper.is_some(), kernel == Kernel::Hopper);
+            assert!(auto.mma.is_some(), "the backward is that of mma");
+        }
+        let error = |problem: &Problem, limits: &DeviceLimits| {
+            select(problem, limits, KernelChoice::Hopper).unwrap_err().to_string()
+        };
+        let odd = Problem::new([1, 2, 300, 60], [1, 2, 300, 60], [1, 2, 300, 64], Element::F16).unwrap();
+        assert_eq!(
+            error(&odd, &h200()),
+            "the hopper kernel was asked for and cannot run: hopper kernel: expected a head dimension that is a multiple of 8, \
+             got 60"
+        );
+        let even = problem(300, Element::F16);
+        assert!(error(&even, &ampere()).contains("expected wgmma and the copy engine of sm90, which cuda does not have"));
+        assert!(error(&problem(300, Element::F32), &h200()).contains("expected one of [F16, BF16] on cuda, got F32"));
+        let plan = PlanShape { tile: TileSize { bq: 64, bk: 64 }, words: 16, points: 1 };
+        let planned = Problem { plan: Some(plan), ..even };
+        assert!(error(&planned, &h200()).contains("plan: expected tiles of a multiple of [128, 64]"));
+        assert_eq!(select(&planned, &h200(), KernelChoice::Auto).unwrap().kernel, Kernel::Mma);
     }
 
     #[test]
@@ -215,10 +277,10 @@ mod tests {
         let plan = |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1 };
         let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
         for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
-            let auto = select(&planned(bq, bk), &hopper(), KernelChoice::Auto).unwrap();
+            let auto = select(&planned(bq, bk), &ampere(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, kernel, "{bq}x{bk}: {}", auto.reason);
         }
-        let error = select(&planned(64, 32), &hopper(), KernelChoice::Mma).unwrap_err();
+        let error = select(&planned(64, 32), &ampere(), KernelChoice::Mma).unwrap_err();
         assert!(error.to_string().contains("plan: expected tiles of a multiple of [64, 64]"), "{error}");
     }
 

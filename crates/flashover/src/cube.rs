@@ -3,12 +3,13 @@
 use burn::backend::cubecl::{dtype_to_storage_type, elem_type_to_dtype};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
-use burn_cubecl::kernel::untile;
+use burn_cubecl::kernel::{into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 use flashover_kernels::device::DeviceTensor;
 use flashover_kernels::family::Outputs;
+use flashover_kernels::hopper;
 use flashover_kernels::mma::{self, MmaConfig};
 use flashover_kernels::operands::{Gradients, Operands, Wanted};
 use flashover_kernels::portable;
@@ -65,7 +66,7 @@ impl AttentionBackend for CubeBackend {
                 let (problem, blocks) = (&plan.problem, blocks.as_ref());
                 portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config)
             }
-            Kernel::Mma => {
+            Kernel::Mma | Kernel::Hopper => {
                 let (problem, blocks) = (&plan.problem, blocks.as_ref());
                 let of_operands = wanted.operands();
                 let tiles = matrix_tiles(selection);
@@ -104,6 +105,10 @@ fn forward(
 ) -> (CubeTensor, Option<CubeTensor>) {
     let place = Place::of(&q);
     let selection = selection(plan);
+    let (q, k, v) = match selection.kernel {
+        Kernel::Hopper => (copied_in(q), copied_in(k), copied_in(v)),
+        _ => (q, k, v),
+    };
     let operands = operands(q, k, v, extras);
     let blocks = place.blocks(plan);
     let outputs = match selection.kernel {
@@ -114,6 +119,11 @@ fn forward(
         Kernel::Mma => {
             let (problem, blocks) = (&plan.problem, blocks.as_ref());
             mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection))
+        }
+        Kernel::Hopper => {
+            let (problem, blocks) = (&plan.problem, blocks.as_ref());
+            let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");
+            hopper::forward(&place.client, problem, &operands, blocks, with_lse, tiles)
         }
         other => unreachable!("the boundary selects no {other} kernel"),
     };
@@ -168,6 +178,11 @@ fn operands(q: CubeTensor, k: CubeTensor, v: CubeTensor, extras: Extras<CubeBack
         learned_sinks: learned_sinks.into_option().map(on_device),
         key_lengths: key_lengths.into_option().map(on_device),
     }
+}
+
+/// The tensor, copied if the copy engine cannot read it in place.
+fn copied_in(tensor: CubeTensor) -> CubeTensor {
+    if hopper::reads_in_place(&on_device(tensor.clone())) { tensor } else { into_contiguous(tensor) }
 }
 
 /// The tensor as the kernels read it: in place, whatever its strides; only storage tiles are laid out as rows first.

@@ -18,7 +18,7 @@ use crate::{AttentionError, AttentionOptions};
 pub struct Explanation {
     /// The device, as Burn names it.
     pub device: String,
-    /// The kernel family: `flex`, `portable`, `mma`, or `composition`.
+    /// The kernel family: `flex`, `portable`, `mma`, `hopper`, or `composition`.
     pub kernel: String,
     /// Why this family and configuration, in a sentence.
     pub reason: String,
@@ -102,9 +102,10 @@ pub fn explain(
         };
         answer.kernel = selection.kernel.to_string();
         answer.reason = selection.reason.clone();
-        let forward = match selection.mma {
-            Some(tiles) => cost::mma_forward(problem, tiles, tracked),
-            None => cost::portable_forward(problem, selection.config, tracked),
+        let forward = match (selection.hopper, selection.mma) {
+            (Some(tiles), _) => cost::hopper_forward(problem, tiles, tracked),
+            (None, Some(tiles)) => cost::mma_forward(problem, tiles, tracked),
+            (None, None) => cost::portable_forward(problem, selection.config, tracked),
         };
         answer.forward = forward.into_iter().map(step).collect();
         if tracked {

@@ -1,6 +1,8 @@
 //! Tiles of the Hopper kernels.
 
+use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
+use crate::problem::Problem;
 
 /// Elements of a row of a piece: 128 bytes, the width that the copy engine swizzles.
 pub(crate) const PIECE: usize = 64;
@@ -10,6 +12,9 @@ pub(crate) const WARPGROUP: usize = 128;
 
 /// Rows of a warpgroup's products.
 pub(crate) const ROWS: usize = 64;
+
+/// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
+const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
 /// Shape of a forward: known when a kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,17 +29,47 @@ pub struct HopperConfig {
     pub value_dim: usize,
     /// Tiles of keys, and of values, in flight.
     pub stages: usize,
-    /// Whether only position and length hide and only the scale changes a score: what else there is costs registers.
+    /// Whether only position and length hide and only a positive scale changes a score: what else there is costs registers.
     pub plain: bool,
     /// Whether a block plan lists the tiles.
     pub listed: bool,
-    pub flags: u32,
 }
 
 impl HopperConfig {
+    /// Tiles for a problem whose head dimensions are multiples of 8, and why.
+    pub fn of(problem: &Problem) -> (Self, &'static str) {
+        let Problem { head_dim, value_dim, softcap, alibi, bias, mask, plan, learned_sinks, dropout, scale, .. } = *problem;
+        let shaped = softcap.is_some() || alibi || bias.is_some() || learned_sinks || scale <= 0.0;
+        let plain = !(shaped || mask.is_some() || plan.is_some() || dropout.is_some());
+        let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim).unwrap_or(dim);
+        let config = HopperConfig {
+            consumers: 2,
+            bk: 128,
+            head_dim: padded(head_dim),
+            value_dim: padded(value_dim),
+            stages: 2,
+            plain,
+            listed: plan.is_some(),
+        };
+        // A thread holds the scores and weights of `bk` keys beside its output.
+        let (bk, why) = match config.value_dim.max(config.head_dim) {
+            ..=128 if plain => (128, "registers hold the scores of 128 keys beside the output"),
+            ..=192 => (96, "registers hold the scores of 96 keys beside the output"),
+            _ => (64, "registers hold the scores of 64 keys beside the output"),
+        };
+        // A plan's tiles are powers of 2.
+        if plan.is_some() && bk == 96 { (HopperConfig { bk: 64, ..config }, "whole tiles of the plan") } else { (HopperConfig { bk, ..config }, why) }
+    }
+
     /// Queries of a tile.
     pub const fn bq(&self) -> usize {
         self.consumers * ROWS
+    }
+
+    /// Whether a tile of a plan consists of whole tiles.
+    pub const fn divides(&self, plan: TileSize) -> bool {
+        let (bq, bk) = (plan.bq as usize, plan.bk as usize);
+        bq.is_multiple_of(self.bq()) && bk.is_multiple_of(self.bk)
     }
 
     pub(crate) const fn shape(&self) -> TileShape {
@@ -66,21 +101,11 @@ impl HopperConfig {
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
     pub(crate) const fn registers(&self) -> (u32, u32) {
         match self.consumers {
-            1 => (240, 24),
-            2 => (240, 24),
+            1 | 2 => (240, 24),
             _ => (160, 32),
         }
     }
-}
 
-impl core::fmt::Display for HopperConfig {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let HopperConfig { consumers, bk, head_dim, value_dim, stages, .. } = self;
-        write!(f, "tile {}x{bk}, {consumers} warpgroups, {stages} stages, head {head_dim}, values {value_dim}", self.bq())
-    }
-}
-
-impl HopperConfig {
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, output and packed weights.
     pub(crate) const fn lanes(&self) -> [usize; 3] {
         [
@@ -88,5 +113,50 @@ impl HopperConfig {
             (self.value_dim / 2).next_power_of_two(),
             (self.bk / 4).next_power_of_two(),
         ]
+    }
+}
+
+impl core::fmt::Display for HopperConfig {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let HopperConfig { consumers, bk, head_dim, value_dim, stages, .. } = self;
+        write!(
+            f,
+            "tile {}x{bk}, {consumers} warpgroups, {stages} stages, head {head_dim}, values {value_dim}",
+            self.bq()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Element;
+
+    /// Shared memory of a cube of an H100.
+    const SHARED: usize = 232_448;
+
+    #[test]
+    fn every_head_dimension_fits() {
+        for d in (8..=256).step_by(8) {
+            for dv in (8..=256).step_by(8) {
+                let p = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::BF16).unwrap();
+                for p in [Problem { softcap: Some(3.0), ..p.clone() }, p] {
+                    let (config, _) = HopperConfig::of(&p);
+                    assert!(config.shared_bytes() <= SHARED, "{config}: {}", config.shared_bytes());
+                    assert!(config.head_dim >= d && config.value_dim >= dv && config.bk.is_multiple_of(16));
+                    // Scores, weights and output, and as much for addresses and bounds as the compiler was seen to take.
+                    let held = config.bk / 2 + config.bk / 4 + config.value_dim / 2;
+                    assert!(held + 60 <= config.registers().0 as usize, "{config}: {held}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn options_leave_the_plain_kernel() {
+        let p = Problem::new([1, 2, 300, 64], [1, 2, 300, 64], [1, 2, 300, 64], Element::F16).unwrap();
+        assert!(HopperConfig::of(&p).0.plain);
+        assert!(!HopperConfig::of(&Problem { scale: -1.0, ..p.clone() }).0.plain);
+        assert!(!HopperConfig::of(&Problem { alibi: true, ..p }).0.plain);
     }
 }

@@ -275,22 +275,18 @@ fn next_tile<E: Float, NS: Size, NO: Size, NP: Size>(
     let [ns, no, np] = comptime!(cfg.lanes());
     let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
     let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
-    let output_done = comptime!(if cfg.flags & 2 == 0 { wait_after_text(no, cfg.value_dim, 0) } else { wait_text(no, cfg.value_dim, 0) });
+    let output_done = comptime!(wait_after_text(no, cfg.value_dim, 0));
     let pair = comptime!(format!("{ty}x2"));
     let both = comptime!(2 * WARPGROUP as u32);
     let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
     advance(ring, comptime!(cfg.stages as u32));
     barrier_wait(address_at(&gates.k_full, ring.stage, cfg.stages), ring.parity);
     barrier_wait(address_at(&gates.v_full, stage, cfg.stages), parity);
-    if comptime!(cfg.flags & 1 == 0) {
-        named_wait(1 + group, both);
-    }
+    named_wait(1 + group, both);
     let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
     let v_matrix = value_matrix(tiles, stage, cfg);
     let filling = issue_values::<NO, NP>(*out, *p, v_matrix, comptime!(to_output.clone()).as_str());
-    if comptime!(cfg.flags & 1 == 0) {
-        named_arrive(select(group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + group), both);
-    }
+    named_arrive(select(group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + group), both);
     let mut s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
     barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
     weigh::<E, NS>(&mut s, rows, place, step, at, scratch, bias, n, factor, with_bias, masked, cfg);
@@ -393,7 +389,7 @@ fn weigh<E: Float, N: Size>(
     if masked {
         hide::<N>(s, place, step, at, scratch, n, cfg.plain, cfg.bk);
     }
-    softmax_tile::<N>(s, rows, factor, cfg.bk);
+    softmax_tile::<N>(s, rows, factor, cfg.plain, cfg.bk);
     if comptime!(!cfg.plain) {
         drop_weights::<N>(s, place, step, at, n, cfg.bk);
     }

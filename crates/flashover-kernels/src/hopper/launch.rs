@@ -2,9 +2,10 @@
 
 use cubecl::prelude::*;
 
+use super::checks::{check_limits, reads_in_place};
 use super::config::{HopperConfig, PIECE};
 use super::forward::forward_kernel;
-use crate::device::{DeviceTensor, KernelError, element_type};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use crate::family::checks::{check_operands, check_plan};
 use crate::family::launcher::{Launcher, binding_facts, cubes_of, numbers, visible_part};
 use crate::family::scratch::{self, Layout};
@@ -12,7 +13,8 @@ use crate::family::walk::Side;
 use crate::operands::Operands;
 use crate::problem::{Element, Problem};
 
-/// Attention forward, as [`portable::forward`](crate::portable::forward).
+/// Attention forward, as [`portable::forward`](crate::portable::forward). `q`, `k` and `v` are tensors that the copy engine
+/// [`reads_in_place`].
 pub fn forward(
     client: &Client,
     problem: &Problem,
@@ -21,7 +23,13 @@ pub fn forward(
     with_lse: bool,
     cfg: HopperConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
+    check_limits(problem, &DeviceLimits::of(client), cfg)?;
     check_operands(problem, operands)?;
+    for (operand, tensor) in [("q", &operands.q), ("k", &operands.k), ("v", &operands.v)] {
+        if !reads_in_place(tensor) {
+            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
+        }
+    }
     check_plan(problem, plan)?;
     let elem = element_type(problem.element);
     let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
@@ -36,7 +44,7 @@ pub fn forward(
     let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
     let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
     let (bindings, address) = binding_facts(bound);
-    launcher.note("forward", &cfg, bindings, cfg.shared_bytes(), cfg.units());
+    launcher.note("forward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let works = cubes_of(&problem, Side::Queries, cfg.shape());
     let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
     let [ns, no, np] = cfg.lanes();
@@ -88,11 +96,15 @@ fn section(problem: &Problem) -> usize {
 
 /// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.
 fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
-    let TensorArg::Handle { .. } = tensor.arg() else { unreachable!("tensors are handles") };
+    let mut strides = tensor.strides.clone();
+    for d in (0..strides.len() - 1).rev() {
+        // Nothing is ever a stride of a single row, yet it must be a multiple of 16 bytes.
+        if tensor.shape[d] <= 1 {
+            strides[d] = (strides[d + 1] * tensor.shape[d + 1].max(1)).next_multiple_of(8);
+        }
+    }
     // SAFETY: shape and strides are the tensor's own.
-    let arg = unsafe {
-        TensorArg::from_raw_parts(tensor.handle.clone(), tensor.strides.clone().into(), tensor.shape.clone().into())
-    };
+    let arg = unsafe { TensorArg::from_raw_parts(tensor.handle.clone(), strides.into(), tensor.shape.clone().into()) };
     let args = TiledArgs { tile_size: [1, 1, rows, PIECE].into() };
     TensorMapArg::new(args, arg, tensor.elem).with_swizzle(TensorMapSwizzle::B128)
 }

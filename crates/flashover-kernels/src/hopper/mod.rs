@@ -5,6 +5,7 @@
 // A comptime `if` around a run-time one removes its body; the two conditions joined would not.
 #![allow(clippy::collapsible_if)]
 
+mod checks;
 mod config;
 mod forward;
 mod launch;
@@ -12,5 +13,6 @@ mod ptx;
 mod ring;
 mod rows;
 
+pub use checks::{check_limits, reads_in_place};
 pub use config::HopperConfig;
 pub use launch::forward;

@@ -113,23 +113,29 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
 
 /// Scores become weights `exp(s − m)`; `m`, `l` and the factors of what was accumulated follow.
 #[cube]
-pub(crate) fn softmax_tile<N: Size>(s: &mut Accumulator<N>, rows: &mut RowState, factor: f32, #[comptime] bk: usize) {
+pub(crate) fn softmax_tile<N: Size>(
+    s: &mut Accumulator<N>,
+    rows: &mut RowState,
+    factor: f32,
+    #[comptime] plain: bool,
+    #[comptime] bk: usize,
+) {
     let top0 = row_max::<N>(*s, 0usize, bk);
     let top1 = row_max::<N>(*s, 2usize, bk);
     let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
     rows.m0 = new_maximum(m0, quad_max(top0), factor);
     rows.m1 = new_maximum(m1, quad_max(top1), factor);
-    let base0 = exponent_base(rows.m0, factor);
-    let base1 = exponent_base(rows.m1, factor);
-    rows.grow0 = exp2(m0 * factor - base0);
-    rows.grow1 = exp2(m1 * factor - base1);
+    let base0 = exponent_base(rows.m0, factor, plain);
+    let base1 = exponent_base(rows.m1, factor, plain);
+    rows.grow0 = exp2(exponent(m0, factor, base0, plain));
+    rows.grow1 = exp2(exponent(m1, factor, base1, plain));
     let mut sum0 = rows.l0 * rows.grow0;
     let mut sum1 = rows.l1 * rows.grow1;
     #[unroll]
     for x in 0..comptime!(bk / 4) {
         let (e0, e1) = comptime!((4 * (x / 2) + x % 2, 4 * (x / 2) + 2 + x % 2));
-        let p0 = exp2(fma(s.extract(e0), factor, -base0));
-        let p1 = exp2(fma(s.extract(e1), factor, -base1));
+        let p0 = exp2(exponent(s.extract(e0), factor, base0, plain));
+        let p1 = exp2(exponent(s.extract(e1), factor, base1, plain));
         sum0 += p0;
         sum1 += p1;
         s.insert(e0, p0);
@@ -162,10 +168,18 @@ fn new_maximum(old: f32, top: f32, factor: f32) -> f32 {
     select((top - old) * factor <= SLACK, old, max(old, top))
 }
 
-/// `m · factor`, 0 for a row that has seen nothing.
+/// What exponents are taken against: 0 for a row that has seen nothing, else `m`, or `m · factor` where products are all
+/// that scores are made of.
 #[cube]
-fn exponent_base(m: f32, factor: f32) -> f32 {
-    select(u32::reinterpret(m) == 0xff80_0000u32, 0.0f32, m * factor)
+fn exponent_base(m: f32, factor: f32, #[comptime] plain: bool) -> f32 {
+    let base = if plain { m * factor } else { m };
+    select(u32::reinterpret(m) == 0xff80_0000u32, 0.0f32, base)
+}
+
+/// `(s − m) · factor`. A plain score takes one instruction; a bias may be the lowest number, whose multiple is not finite.
+#[cube]
+fn exponent(s: f32, factor: f32, base: f32, #[comptime] plain: bool) -> f32 {
+    if plain { fma(s, factor, -base) } else { (s - base) * factor }
 }
 
 /// Maximum over the four threads of a row.
@@ -253,7 +267,8 @@ pub(crate) fn store_rows<N: Size>(
     #[unroll]
     for r in 0..2usize {
         let l = if comptime!(r == 0) { l0 } else { l1 };
-        let norm = select(u32::reinterpret(l) == 0u32, 0.0f32, 1.0f32 / l);
+        let seen = u32::reinterpret(l) != 0u32;
+        let norm = 1.0f32 / l;
         let i = place.i + comptime!(8 * r as u32);
         #[unroll]
         for quad in 0..comptime!(dim / 32) {
@@ -262,7 +277,7 @@ pub(crate) fn store_rows<N: Size>(
             for x in 0..4usize {
                 let e = comptime!(4 * (4 * quad + x) + 2 * r);
                 let (low, high) = (acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm);
-                own[x] = pack(low, high, pair);
+                own[x] = select(seen, pack(low, high, pair), 0u32);
             }
             // First between threads two apart, then between neighbours: thread t ends with group t of the four.
             let upper = lane >= 2;
