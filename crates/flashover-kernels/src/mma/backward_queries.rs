@@ -62,7 +62,8 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
     let lane = UNIT_POS % comptime!(WARP as u32);
     // This lane's first row and column of every block of sums.
-    let (row, column) = (i0 + warp_row + lane / 4, lane % 4 * 2);
+    let quarter = lane % 4;
+    let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
     let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
     let do_place = row_place(do_at + warp_row * comptime!(pitch(c.value_dim) as u32), c.value_dim);
     let k_place = column_place(stage_at, c.head_dim);
@@ -203,7 +204,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
                         mass += exp2((f32::reinterpret(scratch[n.sinks_at + h as usize]) - lse[x]) * LOG2_E);
                     }
                     delta[x] = minus_dlse[x] + sum / mass;
-                    if lane % 4 == 0 {
+                    if quarter == 0 {
                         scratch[n.delta_at + first + i as usize] = u32::reinterpret(delta[x]);
                     }
                 }

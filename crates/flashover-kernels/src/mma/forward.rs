@@ -68,7 +68,8 @@ pub(crate) fn forward_kernel<E: Float>(
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
     let lane = UNIT_POS % comptime!(WARP as u32);
     // This lane's first row and column of every block of sums.
-    let (row, column) = (i0 + warp_row + lane / 4, lane % 4 * 2);
+    let quarter = lane % 4;
+    let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
     let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
     let k_place = column_place(stage_at, c.head_dim);
     let v_place = row_place(stage_at + comptime!(k_bytes as u32), c.value_dim);
@@ -177,7 +178,7 @@ pub(crate) fn forward_kernel<E: Float>(
         norm[x] = select(seen, shrink / sum, 0.0f32);
         let i = row + comptime!(8 * x as u32);
         if with_lse {
-            if lane % 4 == 0 && i < n.seq_q {
+            if quarter == 0 && i < n.seq_q {
                 let to = head as usize * n.seq_q as usize + i as usize;
                 lse.as_mut().unwrap()[to] = select(seen, top + sum.ln(), n.minus_infinity);
             }

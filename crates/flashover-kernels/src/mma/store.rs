@@ -27,7 +27,8 @@ pub(crate) fn store_rows<E: Float>(
     let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
     let lane = UNIT_POS % comptime!(WARP as u32);
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
-    if width % comptime!(PIECE_LEN as u32) == 0 {
+    let rest = width % comptime!(PIECE_LEN as u32);
+    if rest == 0 {
         let at = at + warp_row * comptime!(pitch(dim) as u32);
         let to = at + lane / 4 * comptime!(pitch(dim) as u32) + lane % 4 * 4;
         #[unroll]

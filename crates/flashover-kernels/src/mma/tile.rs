@@ -85,32 +85,10 @@ pub(crate) fn load_rows<E: Float>(
         #[unroll]
         for pass in 0..passes {
             let here = row + r + comptime!((pass * down) as u32);
-            if comptime!((pass + 1) * down <= rows) {
-                load_piece::<E>(
-                    tensor,
-                    from,
-                    here,
-                    column,
-                    to,
-                    comptime!(pass * down * pitch(dim)),
-                    address,
-                    here < exists,
-                    pieces,
-                    element,
-                );
-            } else if r + comptime!((pass * down) as u32) < comptime!(rows as u32) {
-                load_piece::<E>(
-                    tensor,
-                    from,
-                    here,
-                    column,
-                    to,
-                    comptime!(pass * down * pitch(dim)),
-                    address,
-                    here < exists,
-                    pieces,
-                    element,
-                );
+            let below = r + comptime!((pass * down) as u32);
+            if comptime!((pass + 1) * down <= rows) || below < comptime!(rows as u32) {
+                let offset = comptime!(pass * down * pitch(dim));
+                load_piece::<E>(tensor, from, here, column, to, offset, address, here < exists, pieces, element);
             }
             address += step;
         }
