@@ -23,6 +23,25 @@ pub enum Kernel {
     Portable,
 }
 
+impl Kernel {
+    /// Whether it calls a user's own score function.
+    pub const fn calls_score_functions(self) -> bool {
+        match self {
+            Kernel::Portable => true,
+        }
+    }
+
+    /// Refuses what no configuration of the family can do.
+    fn check_options(self, problem: &Problem) -> Result<(), KernelError> {
+        match problem.score {
+            Some(score) if !self.calls_score_functions() => {
+                Err(KernelError::ScoreFunction { kernel: self.to_string(), function: score.code.name() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl core::fmt::Display for Kernel {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
@@ -74,7 +93,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         KernelChoice::Auto => "no other family is built for this device",
         KernelChoice::Portable => "it was asked for by name",
     };
-    match portable::check_limits(problem, limits, config) {
+    match kernel.check_options(problem).and_then(|()| portable::check_limits(problem, limits, config)) {
         Ok(()) => Ok(Selection { kernel, config, reason: format!("{kernel}: {why_kernel}; {config}: {tiles}") }),
         Err(why) => Err(match choice {
             KernelChoice::Auto => SelectError::Nothing { device: limits.name.clone(), kernel, why },

@@ -198,6 +198,7 @@ impl<T: Float> Case<T> {
             bias: self.bias.as_ref().map(Tensor::view),
             mask: self.mask.as_ref().map(|(data, shape)| View::contiguous(data, *shape)),
             alibi_slopes: self.slopes.as_deref(),
+            score_parameters: None,
             learned_sinks: self.sinks.as_deref(),
             key_lengths: self.key_lengths.as_deref(),
             plan: None,
