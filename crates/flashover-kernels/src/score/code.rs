@@ -230,3 +230,80 @@ impl<'de> Deserialize<'de> for ScoreUse {
         Err(serde::de::Error::custom(NO_DATA))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mask::Band;
+    use crate::problem::Element;
+    use crate::score::{Alibi, Softcap};
+
+    fn problem(batch: usize, seq_q: usize, seq_kv: usize) -> Problem {
+        let (q, k) = ([batch, 3, seq_q, 8], [batch, 3, seq_kv, 8]);
+        Problem::new(q, k, k, Element::F32).unwrap()
+    }
+
+    #[test]
+    fn functions_are_told_apart_by_type_and_named_without_their_path() {
+        let (softcap, alibi) = (ScoreCode::of::<Softcap>(), ScoreCode::of::<Alibi>());
+        assert_eq!((softcap.name(), format!("{alibi:?}")), ("Softcap", "flashover_kernels::score::Alibi".to_string()));
+        assert!(softcap == ScoreCode::of::<Softcap>() && softcap != alibi);
+    }
+
+    #[test]
+    fn rows_follow_keys_or_queries() {
+        let code = ScoreCode::of::<Alibi>();
+        let first = Position { batch: 0, head: 1, a: 5, j: 3 };
+        let slopes = [9.0, 0.5];
+        let mut row = [1.0; 4];
+        code.values(&mut row, Row { first, along: Along::Keys }, &slopes);
+        assert_eq!(row, [0.0, 0.5, 1.0, 0.5]);
+        let mut row = [1.0; 3];
+        code.values(&mut row, Row { first, along: Along::Queries }, &slopes);
+        assert_eq!(row, [0.0, -0.5, -1.0]);
+        let (mut row, mut for_score, mut for_parameter) = ([1.0; 2], [0.0; 2], [0.0; 2]);
+        code.derivatives(&mut row, &mut for_score, &mut for_parameter, Row { first, along: Along::Keys }, &slopes);
+        assert_eq!((row, for_score, for_parameter), ([0.0, 0.5], [1.0; 2], [-2.0, -1.0]));
+        // A parameter that does not exist.
+        code.values(&mut row, Row { first, along: Along::Keys }, &slopes[..1]);
+        assert!(row.iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn a_parameter_that_does_not_exist_is_found_where_it_is_visible() {
+        // A slope a head.
+        let of = |parameters| ScoreUse { code: ScoreCode::of::<Alibi>(), parameters };
+        of(3).check_parameters(&problem(2, 5, 7)).unwrap();
+        let error = of(2).check_parameters(&problem(2, 5, 7)).unwrap_err();
+        let message = "score function Alibi: expected an index below its 2 parameters, got 2 for query 0 and key 0 of head 2";
+        assert_eq!(error.to_string(), message);
+        // Nothing is visible, or there is nothing.
+        let behind = Band { causal: true, left: 0, right: 0, sinks: 0 };
+        of(2).check_parameters(&Problem { band: behind, ..problem(1, 2, 0) }).unwrap();
+        of(2).check_parameters(&problem(0, 5, 7)).unwrap();
+        // And once more, from memory.
+        of(3).check_parameters(&problem(2, 5, 7)).unwrap();
+        assert!(of(2).check_parameters(&problem(2, 5, 7)).is_err());
+    }
+
+    #[test]
+    fn a_number_of_parameters_that_makes_no_sense_is_refused() {
+        for parameters in [0, 1 << 31] {
+            let score = Some(ScoreUse { code: ScoreCode::of::<Alibi>(), parameters });
+            let error = Problem { score, ..problem(1, 2, 3) }.validate().unwrap_err();
+            let message = format!("score function Alibi: expected 1 to 2147483647 parameters, got {parameters}");
+            assert_eq!(error.to_string(), message);
+        }
+    }
+
+    #[test]
+    fn code_is_not_written_down() {
+        let plain = problem(1, 2, 3);
+        let text = serde_json::to_string(&plain).unwrap();
+        assert_eq!(serde_json::from_str::<Problem>(&text).unwrap(), plain);
+        let score = Some(ScoreUse { code: ScoreCode::of::<Alibi>(), parameters: 3 });
+        assert!(serde_json::to_string(&Problem { score, ..plain }).unwrap_err().to_string().starts_with("expected a problem"));
+        let text = text.replace("\"score\":null", "\"score\":3");
+        assert!(serde_json::from_str::<Problem>(&text).is_err());
+    }
+}
