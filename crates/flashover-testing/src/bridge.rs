@@ -7,8 +7,8 @@ use flashover::kernels::score::ScoreCode;
 use flashover::{AttentionError, AttentionOptions};
 
 use crate::data::Inputs;
-use crate::score::{Buckets, Waves};
 pub use crate::head::sum;
+use crate::score::{Buckets, Waves};
 
 /// A case's inputs on a device.
 pub struct Tensors {
@@ -51,7 +51,8 @@ impl Tensors {
     /// Puts the inputs on `device`. Floats that can have a gradient are tracked if the device is an autodiff one.
     pub fn new(problem: &Problem, inputs: &Inputs, device: &Device) -> Self {
         let p = problem;
-        let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } = &inputs.operands;
+        let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } =
+            &inputs.operands;
         let tracked4 = |data: &[f64], shape: [usize; 4]| track(floats(data, shape, p.element, device));
         let statistic = if p.element == Element::F64 { Element::F64 } else { Element::F32 };
         let tracked1 =

@@ -169,9 +169,7 @@ mod tests {
                 let (mut value, mut derivative, mut own) = ([s], [0.0], [0.0]);
                 code.derivatives(&mut value, &mut derivative, &mut own, row, &[0.6; 32]);
                 let x = apply(code, s.into(), f64::from(0.6f32));
-                for (found, expected) in
-                    [(value, x.value), (derivative, x.derivative), (own, x.parameter_derivative)]
-                {
+                for (found, expected) in [(value, x.value), (derivative, x.derivative), (own, x.parameter_derivative)] {
                     assert!((f64::from(found[0]) - expected).abs() < 1e-6, "{code:?} at {s}: {found:?}, {expected}");
                 }
             }

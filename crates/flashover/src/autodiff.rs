@@ -78,18 +78,19 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
                 (zeros, MaybeFloat::Present(grad))
             }
         };
-        let InputGradients { q: dq, k: dk, v: dv, bias, alibi_slopes, learned_sinks, score_parameters } = B::flashover_backward(
-            q.expect(present),
-            k.expect(present),
-            v.expect(present),
-            extras,
-            saved.o,
-            saved.lse,
-            do_,
-            dlse,
-            saved.plan,
-            wanted,
-        );
+        let InputGradients { q: dq, k: dk, v: dv, bias, alibi_slopes, learned_sinks, score_parameters } =
+            B::flashover_backward(
+                q.expect(present),
+                k.expect(present),
+                v.expect(present),
+                extras,
+                saved.o,
+                saved.lse,
+                do_,
+                dlse,
+                saved.plan,
+                wanted,
+            );
         let gradients = [dq, dk, dv, bias, alibi_slopes, learned_sinks, score_parameters];
         let mut gradients = gradients.map(MaybeFloat::into_option);
         for ((operand, _), parent) in saved.operands.into_iter().zip(ops.parents) {

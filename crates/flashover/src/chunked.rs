@@ -154,7 +154,8 @@ impl<'a, B: Backend> Composition<'a, B> {
         let mut dbias = Vec::new();
         let mut dslopes = zeros(&[p.heads_q], wanted.alibi_slopes);
         let mut dsinks = zeros(&[p.heads_q], wanted.learned_sinks);
-        let mut dparameters = vec![0.0; if wanted.score_parameters { p.score.map_or(0, |score| score.parameters) } else { 0 }];
+        let mut dparameters =
+            vec![0.0; if wanted.score_parameters { p.score.map_or(0, |score| score.parameters) } else { 0 }];
         let column = Shape::from([p.batch, p.heads_q, p.seq_q, 1]);
         let lse = B::float_cast(B::float_reshape(lse, column.clone()), self.compute);
         let dlse = dlse.map(|dlse| B::float_cast(B::float_reshape(dlse, column), self.compute));
@@ -178,8 +179,7 @@ impl<'a, B: Backend> Composition<'a, B> {
                 let dropped = self.grouped(self.dropped(probabilities.clone(), &rows));
                 dv = Some(B::float_add(sum, B::float_matmul(B::float_transpose(dropped), do_.clone())));
             }
-            let of_scores = 
-                wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes || wanted.score_parameters;
+            let of_scores = wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes || wanted.score_parameters;
             if !(of_scores || wanted.learned_sinks) {
                 continue;
             }
@@ -497,7 +497,9 @@ impl<'a, B: Backend> Composition<'a, B> {
 /// The elements of a tensor, in row-major order.
 fn host<B: Backend>(tensor: FloatTensor<B>) -> Vec<f32> {
     let data = burn::tensor::read_sync(B::float_into_data(tensor));
-    data.unwrap_or_else(|error| panic!("flashover: the backend gave no data for a score function: {error:?}")).iter().collect()
+    data.unwrap_or_else(|error| panic!("flashover: the backend gave no data for a score function: {error:?}"))
+        .iter()
+        .collect()
 }
 
 /// Rows of a `[_, _, Sq, _]` tensor.

@@ -106,7 +106,8 @@ pub fn backward(
     gradients.learned_sinks = operands.learned_sinks.as_ref().filter(|_| wanted.learned_sinks).map(new);
     gradients.score_parameters = operands.score_parameters.as_ref().filter(|_| wanted.score_parameters).map(new);
     let Gradients { q, k, v, bias, alibi_slopes, score_parameters, .. } = &gradients;
-    let of_scores = scores > 0 && [q, k, v, bias, alibi_slopes, score_parameters].iter().any(|gradient| gradient.is_some());
+    let of_scores =
+        scores > 0 && [q, k, v, bias, alibi_slopes, score_parameters].iter().any(|gradient| gradient.is_some());
     if rows == 0 || !(of_scores || gradients.learned_sinks.is_some()) {
         return Ok(gradients);
     }

@@ -217,7 +217,8 @@ impl ScoreUse {
 }
 
 /// Code is no data.
-const NO_DATA: &str = "expected a problem without a user's score function: its code cannot be written or read, got one that has one";
+const NO_DATA: &str =
+    "expected a problem without a user's score function: its code cannot be written or read, got one that has one";
 
 impl Serialize for ScoreUse {
     fn serialize<S: Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
@@ -275,7 +276,8 @@ mod tests {
         let of = |parameters| ScoreUse { code: ScoreCode::of::<Alibi>(), parameters };
         of(3).check_parameters(&problem(2, 5, 7)).unwrap();
         let error = of(2).check_parameters(&problem(2, 5, 7)).unwrap_err();
-        let message = "score function Alibi: expected an index below its 2 parameters, got 2 for query 0 and key 0 of head 2";
+        let message =
+            "score function Alibi: expected an index below its 2 parameters, got 2 for query 0 and key 0 of head 2";
         assert_eq!(error.to_string(), message);
         // Nothing is visible, or there is nothing.
         let behind = Band { causal: true, left: 0, right: 0, sinks: 0 };
@@ -302,7 +304,12 @@ mod tests {
         let text = serde_json::to_string(&plain).unwrap();
         assert_eq!(serde_json::from_str::<Problem>(&text).unwrap(), plain);
         let score = Some(ScoreUse { code: ScoreCode::of::<Alibi>(), parameters: 3 });
-        assert!(serde_json::to_string(&Problem { score, ..plain }).unwrap_err().to_string().starts_with("expected a problem"));
+        assert!(
+            serde_json::to_string(&Problem { score, ..plain })
+                .unwrap_err()
+                .to_string()
+                .starts_with("expected a problem")
+        );
         let text = text.replace("\"score\":null", "\"score\":3");
         assert!(serde_json::from_str::<Problem>(&text).is_err());
     }

@@ -60,8 +60,7 @@ pub(super) fn hidden_rows(
     device: &Device,
 ) -> Result<Tensor<4, Bool>, AttentionError> {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let extent =
-        Extent { batch: count(batch), heads: count(heads), seq_q: count(queries), seq_kv: count(keys) };
+    let extent = Extent { batch: count(batch), heads: count(heads), seq_q: count(queries), seq_kv: count(keys) };
     let bound = mask.bind(extent)?;
     let batch = if mask.varies_by_batch() { batch } else { 1 };
     let heads = if mask.varies_by_head() { heads } else { 1 };

@@ -15,8 +15,8 @@ use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::select::{KernelChoice, select};
 use flashover::{AttentionBackend, AttentionOptions, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 use flashover_testing::bridge::{self, Results};
-use flashover_testing::score::with_waves;
 use flashover_testing::data::{Case, Inputs};
+use flashover_testing::score::with_waves;
 
 use crate::devices;
 

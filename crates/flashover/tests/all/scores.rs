@@ -116,7 +116,9 @@ fn a_score_of_minus_infinity_is_hidden() {
         let references = flashover_testing::tolerance::References::of(&case.problem, &inputs);
         let results = bridge::run(&case.problem, &inputs, true, &device.clone().autodiff()).expect("sound");
         let checked = references.check_forward(&results.o, &results.lse);
-        checked.and_then(|_| references.check_gradients(results.gradients)).unwrap_or_else(|m| panic!("{m}\n{device:?}"));
+        checked
+            .and_then(|_| references.check_gradients(results.gradients))
+            .unwrap_or_else(|m| panic!("{m}\n{device:?}"));
     }
 }
 
@@ -159,7 +161,11 @@ fn the_gradient_of_a_table_is_that_of_finite_differences() {
             };
             let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
             let error = (gradient[entry] - expected).abs();
-            assert!(error < 5e-3 * (1.0 + expected.abs()), "entry {entry}: {} and {expected} on {device:?}", gradient[entry]);
+            assert!(
+                error < 5e-3 * (1.0 + expected.abs()),
+                "entry {entry}: {} and {expected} on {device:?}",
+                gradient[entry]
+            );
         }
         // Causal: no key comes after its query.
         assert!(gradient[17..32].iter().all(|&x| x == 0.0));
@@ -193,7 +199,10 @@ fn bad_input_is_refused() {
     let plain = AttentionOptions::new;
     let table = |entries: usize| Tensor::<1>::zeros([entries], &device);
     for (options, message) in [
-        (plain().score_function(Buckets, table(0)), "score function Buckets: expected 1 to 2147483647 parameters, got 0"),
+        (
+            plain().score_function(Buckets, table(0)),
+            "score function Buckets: expected 1 to 2147483647 parameters, got 0",
+        ),
         (
             plain().score_function(Buckets, Tensor::<2>::zeros([0, 32], &device)),
             "score function Buckets: expected 1 to 2147483647 parameters, got 0",

@@ -28,7 +28,11 @@ fn masks() -> Vec<Mask> {
 }
 
 fn module(attention: AttentionConfig, device: &Device) -> MultiHeadAttention {
-    MultiHeadAttentionConfig::new(D, 4).with_dropout(0.0).with_n_heads_kv(Some(2)).with_attention(attention).init(device)
+    MultiHeadAttentionConfig::new(D, 4)
+        .with_dropout(0.0)
+        .with_n_heads_kv(Some(2))
+        .with_attention(attention)
+        .init(device)
 }
 
 /// `[B, Sq, Skv]`, `true` hides.
@@ -70,12 +74,18 @@ fn a_masked_module_is_the_dense_masked_module() {
             };
             let found = run(&masked, None);
             let expected = run(&plain, Some(dense(&mask, [2, 100, 130], &device)));
-            for (name, (found, expected)) in ["o", "dx", "dcontext", "dkey"].into_iter().zip(found.into_iter().zip(expected)) {
+            for (name, (found, expected)) in
+                ["o", "dx", "dcontext", "dkey"].into_iter().zip(found.into_iter().zip(expected))
+            {
                 assert_close(&format!("{name} under {mask:?} on {device:?}"), found, expected);
             }
             // Again, by the plan that was kept.
             let again = run(&masked, None);
-            assert_close("again", again.into_iter().next().expect("o"), run(&masked.clone(), None).into_iter().next().expect("o"));
+            assert_close(
+                "again",
+                again.into_iter().next().expect("o"),
+                run(&masked.clone(), None).into_iter().next().expect("o"),
+            );
         }
     }
 }
@@ -146,7 +156,8 @@ fn cross_attention_and_the_encoder_take_a_mask() {
 fn weights_are_hidden_by_the_mask() {
     let device = devices::flex();
     let mask = Mask::causal() & Mask::window(10, 0);
-    let (_, weights) = module(tiled(&mask), &device).forward_with_weights(MhaInput::self_attn(normal([1, 60, D], &device)));
+    let (_, weights) =
+        module(tiled(&mask), &device).forward_with_weights(MhaInput::self_attn(normal([1, 60, D], &device)));
     let hides = dense(&mask, [1, 60, 60], &device).unsqueeze_dim::<4>(1).expand([1, 4, 60, 60]);
     assert!(floats(weights.clone().mask_fill(hides.clone().bool_not(), 0.0)).iter().all(|&x| x == 0.0));
     assert!(floats(weights.mask_fill(hides, 1.0)).iter().all(|&x| x > 0.0));
