@@ -13,7 +13,7 @@ mod code;
 
 use cubecl::prelude::*;
 
-pub use code::{Along, Row, ScoreCode, ScoreUse};
+pub use code::{Along, Derivatives, Row, ScoreCode, ScoreUse};
 
 /// Where a score stands.
 #[derive(CubeType, Debug, Clone, Copy, PartialEq, Eq)]

@@ -150,6 +150,8 @@ fn reference_bucket(relative_position: i64, num_buckets: usize, max_distance: f6
 
 #[cfg(test)]
 mod tests {
+    use flashover_kernels::score::{Along, Derivatives, Row};
+
     use super::*;
 
     #[test]
@@ -162,12 +164,10 @@ mod tests {
                 }
             }
             for s in [-9.0, -0.3, 0.0, 1.7] {
-                let row = flashover_kernels::score::Row {
-                    first: Position { batch: 0, head: 0, a: 3, j: 5 },
-                    along: flashover_kernels::score::Along::Keys,
-                };
+                let row = Row { first: Position { batch: 0, head: 0, a: 3, j: 5 }, along: Along::Keys };
                 let (mut value, mut derivative, mut own) = ([s], [0.0], [0.0]);
-                code.derivatives(&mut value, &mut derivative, &mut own, row, &[0.6; 32]);
+                let to = Derivatives { score: &mut derivative, parameter: &mut own };
+                code.derivatives(&mut value, to, row, &[0.6; 32]);
                 let x = apply(code, s.into(), f64::from(0.6f32));
                 for (found, expected) in [(value, x.value), (derivative, x.derivative), (own, x.parameter_derivative)] {
                     assert!((f64::from(found[0]) - expected).abs() < 1e-6, "{code:?} at {s}: {found:?}, {expected}");

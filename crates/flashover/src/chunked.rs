@@ -6,9 +6,9 @@ use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{BoolDType, FloatDType, IntDType, Shape, Slice, TensorData};
 use flashover_kernels::block_plan::BlockPlan;
-use flashover_kernels::operands::Wanted;
+use flashover_kernels::operands::{Gradients, Wanted};
 use flashover_kernels::problem::{Element, Problem};
-use flashover_kernels::score::{Along, Position, Row, ScoreUse};
+use flashover_kernels::score::{Along, Derivatives, Position, Row, ScoreUse};
 
 use crate::SparsePlan;
 use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
@@ -154,8 +154,7 @@ impl<'a, B: Backend> Composition<'a, B> {
         let mut dbias = Vec::new();
         let mut dslopes = zeros(&[p.heads_q], wanted.alibi_slopes);
         let mut dsinks = zeros(&[p.heads_q], wanted.learned_sinks);
-        let mut dparameters =
-            vec![0.0; if wanted.score_parameters { p.score.map_or(0, |score| score.parameters) } else { 0 }];
+        let mut dparameters = wanted.score_parameters.then(|| vec![0.0; p.score.map_or(0, |score| score.parameters)]);
         let column = Shape::from([p.batch, p.heads_q, p.seq_q, 1]);
         let lse = B::float_cast(B::float_reshape(lse, column.clone()), self.compute);
         let dlse = dlse.map(|dlse| B::float_cast(B::float_reshape(dlse, column), self.compute));
@@ -166,7 +165,17 @@ impl<'a, B: Backend> Composition<'a, B> {
             }
             let dq = wanted.q.then(|| self.zeros(&[p.batch, p.heads_q, p.seq_q, p.head_dim], self.compute));
             let dbias = wanted.bias.then(|| self.zeros(&bias_shape, self.compute));
-            return self.gradients(dq, dk, dv, dbias, dslopes, dsinks, dparameters);
+            let score_parameters = dparameters.map(|x| self.vector(x));
+            let (alibi_slopes, learned_sinks) = (dslopes, dsinks);
+            return self.stored(Gradients {
+                q: dq,
+                k: dk,
+                v: dv,
+                bias: dbias,
+                alibi_slopes,
+                learned_sinks,
+                score_parameters,
+            });
         }
         for i0 in (0..p.seq_q).step_by(CHUNK) {
             let rows = i0..(i0 + CHUNK).min(p.seq_q);
@@ -202,8 +211,8 @@ impl<'a, B: Backend> Composition<'a, B> {
             // ds = p ∘ (dp − delta)
             let mut ds = B::float_mul(probabilities, B::float_sub(dp, delta));
             if let (Some([for_score, for_parameter]), Some(score)) = (function, p.score) {
-                if wanted.score_parameters {
-                    self.add_by_parameter(score, B::float_mul(ds.clone(), for_parameter), &rows, &mut dparameters);
+                if let Some(sums) = &mut dparameters {
+                    self.add_by_parameter(score, B::float_mul(ds.clone(), for_parameter), &rows, sums);
                 }
                 ds = B::float_mul(ds, for_score);
             }
@@ -237,7 +246,9 @@ impl<'a, B: Backend> Composition<'a, B> {
             1 => dbias.into_iter().reduce(B::float_add).expect("there is a chunk"),
             _ => B::float_cat(dbias, 2),
         });
-        self.gradients(dq, dk, dv, dbias, dslopes, dsinks, dparameters)
+        let score_parameters = dparameters.map(|x| self.vector(x));
+        let (alibi_slopes, learned_sinks) = (dslopes, dsinks);
+        self.stored(Gradients { q: dq, k: dk, v: dv, bias: dbias, alibi_slopes, learned_sinks, score_parameters })
     }
 
     fn scores(&self, rows: &std::ops::Range<usize>) -> Scores<B> {
@@ -290,7 +301,8 @@ impl<'a, B: Backend> Composition<'a, B> {
         let keys = self.problem.seq_kv;
         let of_rows = values.chunks_mut(keys).zip(for_score.chunks_mut(keys)).zip(for_parameter.chunks_mut(keys));
         for (row, ((values, for_score), for_parameter)) in self.places(rows).zip(of_rows) {
-            score.code.derivatives(values, for_score, for_parameter, row, &parameters);
+            let to = Derivatives { score: for_score, parameter: for_parameter };
+            score.code.derivatives(values, to, row, &parameters);
         }
         [values, for_score, for_parameter].map(|x| self.floats(TensorData::new(x, shape.clone())))
     }
@@ -468,17 +480,15 @@ impl<'a, B: Backend> Composition<'a, B> {
         self.q.dtype().into()
     }
 
-    fn gradients(
-        &self,
-        q: Option<FloatTensor<B>>,
-        k: Option<FloatTensor<B>>,
-        v: Option<FloatTensor<B>>,
-        bias: Option<FloatTensor<B>>,
-        alibi_slopes: Option<FloatTensor<B>>,
-        learned_sinks: Option<FloatTensor<B>>,
-        score_parameters: Vec<f64>,
-    ) -> InputGradients<B> {
+    fn vector(&self, x: Vec<f64>) -> FloatTensor<B> {
+        let shape = [x.len()];
+        self.floats(TensorData::new(x, shape))
+    }
+
+    /// The gradients in the element types of their operands.
+    fn stored(&self, gradients: Gradients<FloatTensor<B>>) -> InputGradients<B> {
         let stored = |x: Option<FloatTensor<B>>| MaybeFloat::from_option(x.map(|x| B::float_cast(x, self.storage())));
+        let Gradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters } = gradients;
         InputGradients {
             q: stored(q),
             k: stored(k),
@@ -486,10 +496,7 @@ impl<'a, B: Backend> Composition<'a, B> {
             bias: stored(bias),
             alibi_slopes: MaybeFloat::from_option(alibi_slopes),
             learned_sinks: MaybeFloat::from_option(learned_sinks),
-            score_parameters: MaybeFloat::from_option((!score_parameters.is_empty()).then(|| {
-                let shape = [score_parameters.len()];
-                self.floats(TensorData::new(score_parameters, shape))
-            })),
+            score_parameters: MaybeFloat::from_option(score_parameters),
         }
     }
 }

@@ -24,7 +24,7 @@ pub struct ScoreCode {
     name: &'static str,
     parameter: fn(Position) -> u32,
     values: fn(&mut [f32], Row, &[f32]),
-    derivatives: fn(&mut [f32], &mut [f32], &mut [f32], Row, &[f32]),
+    derivatives: fn(&mut [f32], Derivatives<'_>, Row, &[f32]),
     pub(crate) expand_parameter: fn(&Scope, PositionExpand) -> NativeExpand<u32>,
     pub(crate) expand_value: fn(&Scope, Expanded, PositionExpand, Expanded) -> Expanded,
     pub(crate) expand_derivative: fn(&Scope, Expanded, PositionExpand, Expanded) -> Expanded,
@@ -47,6 +47,15 @@ pub enum Along {
     Keys,
     /// One key, query after query.
     Queries,
+}
+
+/// Where derivatives at a row of scores are put.
+#[derive(Debug)]
+pub struct Derivatives<'x> {
+    /// For the score.
+    pub score: &'x mut [f32],
+    /// For the parameter that it reads.
+    pub parameter: &'x mut [f32],
 }
 
 impl Row {
@@ -92,16 +101,9 @@ impl ScoreCode {
         (self.values)(s, row, parameters);
     }
 
-    /// As [`values`](Self::values), and the derivatives at the scores: for the score, and for the parameter that it reads.
-    pub fn derivatives(
-        &self,
-        s: &mut [f32],
-        for_score: &mut [f32],
-        for_parameter: &mut [f32],
-        row: Row,
-        parameters: &[f32],
-    ) {
-        (self.derivatives)(s, for_score, for_parameter, row, parameters);
+    /// As [`values`](Self::values), and the derivatives at the scores.
+    pub fn derivatives(&self, s: &mut [f32], to: Derivatives<'_>, row: Row, parameters: &[f32]) {
+        (self.derivatives)(s, to, row, parameters);
     }
 }
 
@@ -112,14 +114,8 @@ fn values<F: ScoreFunction>(s: &mut [f32], row: Row, parameters: &[f32]) {
     }
 }
 
-fn derivatives<F: ScoreFunction>(
-    s: &mut [f32],
-    for_score: &mut [f32],
-    for_parameter: &mut [f32],
-    row: Row,
-    parameters: &[f32],
-) {
-    for (n, ((s, for_score), for_parameter)) in s.iter_mut().zip(for_score).zip(for_parameter).enumerate() {
+fn derivatives<F: ScoreFunction>(s: &mut [f32], to: Derivatives<'_>, row: Row, parameters: &[f32]) {
+    for (n, ((s, for_score), for_parameter)) in s.iter_mut().zip(to.score).zip(to.parameter).enumerate() {
         let at = row.at(n);
         let parameter = read(parameters, F::parameter(at));
         *for_score = F::derivative(*s, at, parameter);
@@ -263,7 +259,8 @@ mod tests {
         code.values(&mut row, Row { first, along: Along::Queries }, &slopes);
         assert_eq!(row, [0.0, -0.5, -1.0]);
         let (mut row, mut for_score, mut for_parameter) = ([1.0; 2], [0.0; 2], [0.0; 2]);
-        code.derivatives(&mut row, &mut for_score, &mut for_parameter, Row { first, along: Along::Keys }, &slopes);
+        let to = Derivatives { score: &mut for_score, parameter: &mut for_parameter };
+        code.derivatives(&mut row, to, Row { first, along: Along::Keys }, &slopes);
         assert_eq!((row, for_score, for_parameter), ([0.0, 0.5], [1.0; 2], [-2.0, -1.0]));
         // A parameter that does not exist.
         code.values(&mut row, Row { first, along: Along::Keys }, &slopes[..1]);

@@ -7,7 +7,7 @@ use flashover_kernels::block_plan::{BlockPlan, flat};
 use flashover_kernels::dropout::{Dropout, dropout_row};
 use flashover_kernels::mask::{Band, TileKind};
 use flashover_kernels::problem::Problem;
-use flashover_kernels::score::{Along, Position, Row, ScoreCode};
+use flashover_kernels::score::{Along, Derivatives, Position, Row, ScoreCode};
 use pulp::Simd;
 
 use super::Inputs;
@@ -348,7 +348,7 @@ impl<'a, T: Float> Context<'a, T> {
         let [values, scores, own] = rows.each_mut().map(|row| &mut row[..tile.keys]);
         values.iter_mut().zip(&*s).for_each(|(x, s)| *x = s.to_f64() as f32);
         let row = Row { first: self.place(tile, i, tile.j0), along: Along::Keys };
-        code.derivatives(values, scores, own, row, parameters);
+        code.derivatives(values, Derivatives { score: &mut *scores, parameter: &mut *own }, row, parameters);
         for (to, from) in [(s, &*values), (&mut *for_score, &*scores), (&mut *for_parameter, &*own)] {
             to.iter_mut().zip(from).for_each(|(to, &x)| *to = T::Compute::from_f64(x.into()));
         }

@@ -14,7 +14,8 @@ use super::backward::Gradients;
 use super::real::Real;
 use super::{Float, Inputs, View, backward, forward};
 
-const ALL: Wanted = Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true };
+const ALL: Wanted =
+    Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true, score_parameters: false };
 
 /// A small generator, so that a case can be named by a number.
 struct Random(u64);
