@@ -64,9 +64,10 @@ pub(crate) fn problems(element: Element) -> Vec<(String, Problem)> {
         all.push((format!("mixed, bias {shape:?}"), mixed));
     }
     // With everything else before it.
-    for n in [24 + 3 * 6 + 2, 24 + 3 * 15 + 2] {
-        let (name, problem) = all[n].clone();
-        let function = if n % 2 == 0 { with_waves } else { with_buckets };
+    let mixed = |(name, _): &&(String, Problem)| name.starts_with("mixed");
+    let all_mixed: Vec<_> = all.iter().filter(mixed).cloned().collect();
+    for (n, function) in [(6, with_waves as fn(Problem) -> Problem), (15, with_buckets)] {
+        let (name, problem) = all_mixed[n].clone();
         all.push((format!("{name}, score function"), function(problem)));
     }
     for (name, problem) in &all {
