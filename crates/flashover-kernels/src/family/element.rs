@@ -149,7 +149,7 @@ pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers) -> f32 {
 }
 
 /// Score of query `i` and key `j` from their product: scale, then softcap, then ALiBi and bias. A user's function comes
-/// after it ([`with_function`](super::score_function::with_function)).
+/// after it (`with_function`).
 #[cube]
 pub(crate) fn score<E: Float>(
     product: f32,
