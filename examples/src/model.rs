@@ -6,11 +6,13 @@ use burn::nn::loss::CrossEntropyLossConfig;
 use burn::nn::{Embedding, EmbeddingConfig};
 use burn::tensor::{Device, Int, Tensor};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
+use flashover::AttentionOptions;
 use flashover::nn::{
     AttentionConfig, TransformerEncoder, TransformerEncoderAutoregressiveCache, TransformerEncoderConfig,
     TransformerEncoderInput,
 };
 
+use crate::Result;
 use crate::data::Batch;
 use crate::metric::StepOutput;
 
@@ -30,9 +32,12 @@ pub struct ModelConfig {
     pub layers: usize,
     /// Bytes of a training window.
     pub context: usize,
+    /// Positions by ALiBi; without it the model knows only what came before, and in no order but by causality.
+    #[config(default = true)]
+    pub alibi: bool,
 }
 
-/// Byte embedding, pre-norm transformer blocks with positions by ALiBi, final norm, and a head tied to the embedding.
+/// Byte embedding, pre-norm transformer blocks, final norm, and a head tied to the embedding.
 #[derive(Module, Debug)]
 pub struct ByteModel {
     embedding: Embedding,
@@ -47,7 +52,7 @@ impl ModelConfig {
     pub fn init(&self, device: &Device) -> ByteModel {
         // Shared by embedding and head: of this size the logits start at about 1, and so does what `embed` gives.
         let normal = Initializer::Normal { mean: 0.0, std: (self.d_model as f64).powf(-0.5) };
-        let attention = AttentionConfig::new().with_causal(true).with_alibi(true);
+        let attention = AttentionConfig::new().with_causal(true).with_alibi(self.alibi);
         ByteModel {
             embedding: EmbeddingConfig::new(BYTES, self.d_model).with_initializer(normal).init(device),
             trunk: TransformerEncoderConfig::new(self.d_model, self.d_ff, self.heads, self.layers)
@@ -63,6 +68,34 @@ impl ByteModel {
     pub fn forward(&self, bytes: Tensor<2, Int>) -> Tensor<3> {
         let x = TransformerEncoderInput::new(self.embed(bytes));
         self.head(self.trunk.forward(x))
+    }
+
+    /// [`forward`](Self::forward) with attention by `attend`, which is given the queries, keys and values
+    /// `[B, heads, S, d_model / heads]` of one block after the other and the model's options.
+    pub fn forward_by(
+        &self,
+        bytes: Tensor<2, Int>,
+        mut attend: impl FnMut([Tensor<4>; 3], AttentionOptions) -> Result<Tensor<4>>,
+    ) -> Result<Tensor<3>> {
+        let mut x = self.embed(bytes);
+        let [batch, length, width] = x.dims();
+        for layer in &self.trunk.layers {
+            let (mha, normed) = (&layer.mha, layer.norm_2.forward(x.clone()));
+            let heads = [&mha.query, &mha.key, &mha.value].map(|linear| {
+                linear.forward(normed.clone()).reshape([batch, length, mha.n_heads, mha.d_k]).swap_dims(1, 2)
+            });
+            let mut options = AttentionOptions::new().causal();
+            if let Some(slopes) = &mha.attention.alibi_slopes {
+                options = options.alibi_slopes(slopes.clone());
+            }
+            let o = attend(heads, options)?.swap_dims(1, 2).reshape([batch, length, width]);
+            x = x + mha.output.forward(o);
+            x = x.clone() + layer.pwff.forward(layer.norm_1.forward(x));
+        }
+        if let Some(norm) = &self.trunk.norm {
+            x = norm.forward(x);
+        }
+        Ok(self.head(x))
     }
 
     /// [`forward`](Self::forward) of bytes that follow those in `memory`, which then holds them too.

@@ -94,8 +94,9 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     let slopes = wanted.alibi_slopes && problem.alibi;
     let sinks = wanted.learned_sinks && problem.learned_sinks;
     let bias = wanted.bias && problem.bias.is_some();
+    let parameters = problem.score.filter(|_| wanted.score_parameters);
     let scores = !problem.is_empty() && problem.seq_kv > 0;
-    if problem.is_empty() || !(sinks || scores && (q || k || v || slopes || bias)) {
+    if problem.is_empty() || !(sinks || scores && (q || k || v || slopes || bias || parameters.is_some())) {
         return Vec::new();
     }
     let reductions = portable::Reductions::of(problem, wanted, tile);
@@ -137,6 +138,13 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
                 costs.push(model.small("bias_sum", partials + model.bias, 2, 0));
             }
         }
+    }
+    if let Some(score) = parameters.filter(|_| scores) {
+        let partials = (reductions.parameter_words * size_of::<f32>()) as u64;
+        let gradient = (score.parameters * size_of::<f32>()) as u64;
+        let bindings = 5 + model.bias_bound;
+        costs.push(model.portable(tile, "backward_parameters", model.products(1, 1), read + partials, bindings));
+        costs.push(model.small("parameter_sum", partials + gradient, 2, SUM_UNITS * size_of::<f32>()));
     }
     if sinks {
         let bytes = statistics + 2 * (problem.heads_q * size_of::<f32>()) as u64;
@@ -266,6 +274,9 @@ impl<'a> Model<'a> {
                 costs.push(self.small("copy", (2 * words * word) as u64, 2, 0));
             }
         }
+        if let Some(score) = self.problem.score.filter(|_| self.problem.seq_kv > 0) {
+            costs.push(self.small("copy", (2 * score.parameters * word) as u64, 2, 0));
+        }
         if let Some(plan) = self.problem.plan.filter(|_| self.problem.seq_kv > 0) {
             costs.push(self.small("copy", (2 * plan.words * word) as u64, 2, 0));
         }
@@ -335,7 +346,15 @@ mod tests {
     #[test]
     fn nothing_is_launched_for_nothing() {
         let tile = TileConfig::SMALL;
-        let all = Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true };
+        let all = Wanted {
+            q: true,
+            k: true,
+            v: true,
+            bias: true,
+            alibi_slopes: true,
+            learned_sinks: true,
+            score_parameters: true,
+        };
         let empty = Problem::new([1, 2, 0, 8], [1, 2, 4, 8], [1, 2, 4, 8], Element::F32).unwrap();
         assert!(
             portable_forward(&empty, tile, true).is_empty() && portable_backward(&empty, tile, all, true).is_empty()

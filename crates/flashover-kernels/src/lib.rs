@@ -19,6 +19,9 @@
 //! | `i`, `j` | index of a query and of a key |
 //! | `a` | a query's position on the key axis after bottom-right alignment, `i + Skv − Sq` |
 
+/// For `#[cube]` code of users, which must be of the same version.
+pub use cubecl;
+
 pub mod block_plan;
 pub mod cost;
 pub mod device;

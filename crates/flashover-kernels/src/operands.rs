@@ -17,6 +17,8 @@ pub struct Operands<F, M = F, I = F> {
     pub alibi_slopes: Option<F>,
     /// Learned sink logits `[Hq]`: f32, or f64 in an f64 problem.
     pub learned_sinks: Option<F>,
+    /// Parameters of the user's score function `[n]`, f32.
+    pub score_parameters: Option<F>,
     /// Visible keys of each batch element `[B]`, i32: key `j` is hidden when `j ≥ length`.
     pub key_lengths: Option<I>,
 }
@@ -36,6 +38,8 @@ pub struct Wanted {
     pub alibi_slopes: bool,
     /// Gradient of the learned sinks.
     pub learned_sinks: bool,
+    /// Gradient of the parameters of the user's score function.
+    pub score_parameters: bool,
 }
 
 impl Wanted {
@@ -71,10 +75,20 @@ pub struct Gradients<F> {
     pub alibi_slopes: Option<F>,
     /// Gradient of the learned sinks.
     pub learned_sinks: Option<F>,
+    /// Gradient of the parameters of the user's score function.
+    pub score_parameters: Option<F>,
 }
 
 impl<F> Default for Gradients<F> {
     fn default() -> Self {
-        Gradients { q: None, k: None, v: None, bias: None, alibi_slopes: None, learned_sinks: None }
+        Gradients {
+            q: None,
+            k: None,
+            v: None,
+            bias: None,
+            alibi_slopes: None,
+            learned_sinks: None,
+            score_parameters: None,
+        }
     }
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::block_plan::PlanShape;
 use crate::dropout::Dropout;
 use crate::mask::Band;
+use crate::score::ScoreUse;
 
 /// Largest head dimension, of queries and keys and of values, that any kernel family accepts.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -73,6 +74,9 @@ pub struct Problem {
     pub alibi: bool,
     /// Shape of the additive bias, each dimension that of `[B, Hq, Sq, Skv]` or 1.
     pub bias: Option<[usize; 4]>,
+    /// The user's own score function, applied after all others.
+    #[serde(default)]
+    pub score: Option<ScoreUse>,
     /// Shape of the dense boolean mask, likewise.
     pub mask: Option<[usize; 4]>,
     /// What is visible by position.
@@ -115,6 +119,7 @@ impl Problem {
             softcap: None,
             alibi: false,
             bias: None,
+            score: None,
             mask: None,
             band: Band::default(),
             plan: None,
@@ -152,6 +157,11 @@ impl Problem {
             }
         }
         self.band.validate()?;
+        if let Some(ScoreUse { code, parameters }) = self.score
+            && (parameters == 0 || parameters > i32::MAX as usize)
+        {
+            return Err(ProblemError::ScoreParameters { function: code.name(), found: parameters });
+        }
         if let Some(dropout) = self.dropout {
             dropout.validate()?;
         }
@@ -237,6 +247,33 @@ pub enum ProblemError {
     Softcap {
         /// The softcap that came.
         found: f64,
+    },
+    /// A user's score function without parameters, or with more than can be counted.
+    #[error("score function {function}: expected 1 to {limit} parameters, got {found}", limit = i32::MAX)]
+    ScoreParameters {
+        /// The function's type.
+        function: &'static str,
+        /// The number that came.
+        found: usize,
+    },
+    /// A user's score function reads a parameter that does not exist.
+    #[error(
+        "score function {function}: expected an index below its {parameters} parameters, got {found} for query {i} and key \
+         {j} of head {head}"
+    )]
+    ScoreParameter {
+        /// The function's type.
+        function: &'static str,
+        /// Parameters that exist.
+        parameters: usize,
+        /// The index that came.
+        found: u32,
+        /// Query head.
+        head: usize,
+        /// Query.
+        i: usize,
+        /// Key.
+        j: usize,
     },
     /// A mask or bias does not broadcast to the scores.
     #[error("{what}: expected a shape that broadcasts to [B, Hq, Sq, Skv] = {expected:?}, got {found:?}")]

@@ -1,4 +1,5 @@
-//! What happens to a score between the product and the mask: softcap, ALiBi, an additive bias, a user's own function.
+//! What happens to a score between the product and the mask: softcap, ALiBi, an additive bias, a user's own function, in
+//! this order.
 //!
 //! Every score function reads at most one parameter per score, so that a kernel knows where the parameter's gradient
 //! goes before it computes it: the gradient of parameter `n` is the sum of `ds · ∂value/∂parameter` over the scores
@@ -8,7 +9,11 @@
 //! The four functions of [`ScoreFunction`] are scalar code over f32 and u32. The same source runs inside `#[cube]`
 //! kernels and, called plainly, on the host.
 
+mod code;
+
 use cubecl::prelude::*;
+
+pub use code::{Along, Derivatives, Row, ScoreCode, ScoreUse};
 
 /// Where a score stands.
 #[derive(CubeType, Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +31,14 @@ pub struct Position {
 
 /// A function of a score, its derivative, and the derivative for its own parameter.
 ///
-/// In a chain each function takes the value of the one before it; the derivatives multiply.
+/// In a chain each function takes the value of the one before it; the derivatives multiply. A value of −∞ hides the key. A
+/// hidden key's score may be asked for, and is dropped.
+///
+/// Written by a user, it is a type without fields: the parameters come as a tensor. `docs/scores.md` has an example.
 #[cube]
 pub trait ScoreFunction: 'static + Send + Sync {
-    /// Which parameter this score reads, as an index into the function's parameters (0 if there is but one).
+    /// Which parameter this score reads, as an index into the function's parameters (0 if there is but one). Below their
+    /// number wherever a key is visible; beyond it a parameter is NaN, and its gradient goes nowhere.
     fn parameter(at: Position) -> u32;
 
     /// The new score.

@@ -33,6 +33,26 @@ pub enum Kernel {
     Hopper,
 }
 
+impl Kernel {
+    /// Whether it calls a user's own score function.
+    pub const fn calls_score_functions(self) -> bool {
+        match self {
+            Kernel::Portable => true,
+            Kernel::Mma | Kernel::Hopper => false,
+        }
+    }
+
+    /// Refuses what no configuration of the family can do.
+    fn check_options(self, problem: &Problem) -> Result<(), KernelError> {
+        match problem.score {
+            Some(score) if !self.calls_score_functions() => {
+                Err(KernelError::ScoreFunction { kernel: self.to_string(), function: score.code.name() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl core::fmt::Display for Kernel {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
@@ -110,6 +130,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
 
 fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
+    kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
     let backward = select_mma(problem, limits, "the backward")?;
     let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {}", backward.reason);
@@ -118,6 +139,7 @@ fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> 
 
 fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
+    kernel.check_options(problem)?;
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
     if problem.bias.is_some() || problem.alibi || problem.learned_sinks {
@@ -130,6 +152,7 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let kernel = Kernel::Portable;
     let (config, why) = portable_tile(problem, limits);
+    kernel.check_options(problem)?;
     portable::check_limits(problem, limits, config)?;
     Ok(Selection { kernel, config, mma: None, hopper: None, reason: format!("{kernel}: {why_kernel}; {config}: {why}") })
 }

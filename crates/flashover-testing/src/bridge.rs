@@ -3,10 +3,12 @@
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use flashover::kernels::operands::{Gradients, Operands};
 use flashover::kernels::problem::{Element, Problem};
+use flashover::kernels::score::ScoreCode;
 use flashover::{AttentionError, AttentionOptions};
 
 use crate::data::Inputs;
 pub use crate::head::sum;
+use crate::score::{Buckets, Waves};
 
 /// A case's inputs on a device.
 pub struct Tensors {
@@ -24,6 +26,8 @@ pub struct Tensors {
     pub alibi_slopes: Option<Tensor<1>>,
     /// Learned sinks.
     pub learned_sinks: Option<Tensor<1>>,
+    /// Parameters of the user's score function.
+    pub score_parameters: Option<Tensor<1>>,
     /// Key lengths.
     pub key_lengths: Option<Tensor<1, Int>>,
     /// Gradient of the output.
@@ -47,7 +51,8 @@ impl Tensors {
     /// Puts the inputs on `device`. Floats that can have a gradient are tracked if the device is an autodiff one.
     pub fn new(problem: &Problem, inputs: &Inputs, device: &Device) -> Self {
         let p = problem;
-        let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, key_lengths } = &inputs.operands;
+        let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } =
+            &inputs.operands;
         let tracked4 = |data: &[f64], shape: [usize; 4]| track(floats(data, shape, p.element, device));
         let statistic = if p.element == Element::F64 { Element::F64 } else { Element::F32 };
         let tracked1 =
@@ -63,6 +68,7 @@ impl Tensors {
             }),
             alibi_slopes: tracked1(alibi_slopes),
             learned_sinks: tracked1(learned_sinks),
+            score_parameters: score_parameters.as_ref().map(|x| track(floats(x, [x.len()], statistic, device))),
             key_lengths: key_lengths.as_ref().map(|x| Tensor::from_data(TensorData::new(x.clone(), [p.batch]), device)),
             do_: floats(&inputs.do_, p.output_shape(), p.element, device),
             dlse: floats(&inputs.dlse, p.lse_shape(), Element::F32, device),
@@ -92,6 +98,13 @@ impl Tensors {
         if let Some(sinks) = &self.learned_sinks {
             options = options.learned_sinks(sinks.clone());
         }
+        if let (Some(parameters), Some(score)) = (self.score_parameters.clone(), p.score) {
+            options = match score.code {
+                code if code == ScoreCode::of::<Buckets>() => options.score_function(Buckets, parameters),
+                code if code == ScoreCode::of::<Waves>() => options.score_function(Waves, parameters),
+                code => panic!("a function of the tests, not {code:?}"),
+            };
+        }
         if let Some(lengths) = &self.key_lengths {
             options = options.key_lengths(lengths.clone());
         }
@@ -110,8 +123,9 @@ impl Tensors {
         let bias = self.bias.as_ref().and_then(take);
         let mut take = |x: &Tensor<1>| x.grad_remove(&mut store).map(vec);
         let alibi_slopes = self.alibi_slopes.as_ref().and_then(&mut take);
-        let learned_sinks = self.learned_sinks.as_ref().and_then(take);
-        Gradients { q, k, v, bias, alibi_slopes, learned_sinks }
+        let learned_sinks = self.learned_sinks.as_ref().and_then(&mut take);
+        let score_parameters = self.score_parameters.as_ref().and_then(take);
+        Gradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters }
     }
 }
 

@@ -89,6 +89,7 @@ impl Inputs {
                 (0..heads_q).map(|h| round_to(statistic, slope(h))).collect()
             }),
             learned_sinks: problem.learned_sinks.then(|| normal(5, heads_q, statistic)),
+            score_parameters: problem.score.map(|score| normal(9, score.parameters, statistic)),
             key_lengths: problem.key_lengths.then(|| {
                 let mut rng = stream(6);
                 (0..batch).map(|_| random_length(&mut rng, seq_kv)).collect()

@@ -284,6 +284,7 @@ pub fn case_name(problem: &Problem) -> String {
         (band.sinks > 0, format!("_sinks{}", band.sinks)),
         (problem.learned_sinks, "_learned".to_string()),
         (problem.dropout.is_some(), "_dropout".to_string()),
+        (problem.score.is_some(), format!("_{}", problem.score.map_or("", |score| score.code.name()).to_lowercase())),
     ] {
         if on {
             name += &option;

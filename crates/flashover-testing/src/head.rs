@@ -5,6 +5,7 @@ use flashover_kernels::operands::Gradients;
 use flashover_kernels::problem::Problem;
 
 use crate::data::Inputs;
+use crate::score::{self, Applied};
 
 /// A query head `h` of a batch element `b`, with the parts of the operands that it reads.
 pub(crate) struct Head<'a> {
@@ -86,6 +87,14 @@ impl<'a> Head<'a> {
         }
     }
 
+    /// What the user's function makes of score `(i, j)`, and the parameter that it reads.
+    pub(crate) fn function(&self, i: usize, j: usize, s: f64) -> Option<(Applied, usize)> {
+        let code = self.problem.score?.code;
+        let parameters = self.inputs.operands.score_parameters.as_ref().expect("the problem has a score function");
+        let index = score::parameter(code, [self.b, self.h], self.position(i), j as i64);
+        Some((score::apply(code, s, parameters[index]), index))
+    }
+
     /// Index of score `(i, j)` in a tensor of this shape that broadcasts to `[B, Hq, Sq, Skv]`.
     pub(crate) fn broadcast(&self, shape: [usize; 4], i: usize, j: usize) -> usize {
         let place = [self.b, self.h, i, j];
@@ -101,6 +110,8 @@ pub(crate) struct HeadGradients {
     pub(crate) bias: Vec<f64>,
     pub(crate) slope: f64,
     pub(crate) sink: f64,
+    /// Of all parameters of the user's function.
+    pub(crate) parameters: Vec<f64>,
 }
 
 /// Sums the gradients of all heads where heads share a tensor, in the order of the heads.
@@ -109,6 +120,7 @@ pub(crate) fn gather(problem: &Problem, inputs: &Inputs, heads: &[HeadGradients]
     let (mut q, mut k, mut v) = (vec![0.0; x.q.len()], vec![0.0; x.k.len()], vec![0.0; x.v.len()]);
     let mut bias = problem.bias.map(|shape| vec![0.0; shape.iter().product()]);
     let (mut slopes, mut sinks) = (vec![0.0; problem.heads_q], vec![0.0; problem.heads_q]);
+    let mut parameters = x.score_parameters.as_ref().map(|x| vec![0.0; x.len()]);
     for (index, gradients) in heads.iter().enumerate() {
         let (b, h) = (index / problem.heads_q, index % problem.heads_q);
         let shared = b * problem.heads_kv + h / (problem.heads_q / problem.heads_kv);
@@ -121,6 +133,9 @@ pub(crate) fn gather(problem: &Problem, inputs: &Inputs, heads: &[HeadGradients]
         }
         slopes[h] += gradients.slope;
         sinks[h] += gradients.sink;
+        if let Some(sums) = &mut parameters {
+            add_part(sums, 0, &gradients.parameters);
+        }
     }
     Gradients {
         q: Some(q),
@@ -129,6 +144,7 @@ pub(crate) fn gather(problem: &Problem, inputs: &Inputs, heads: &[HeadGradients]
         bias,
         alibi_slopes: problem.alibi.then_some(slopes),
         learned_sinks: problem.learned_sinks.then_some(sinks),
+        score_parameters: parameters,
     }
 }
 
@@ -157,5 +173,6 @@ pub fn sum(x: Gradients<Vec<f64>>, y: Gradients<Vec<f64>>) -> Gradients<Vec<f64>
         bias: add(x.bias, y.bias),
         alibi_slopes: add(x.alibi_slopes, y.alibi_slopes),
         learned_sinks: add(x.learned_sinks, y.learned_sinks),
+        score_parameters: add(x.score_parameters, y.score_parameters),
     }
 }

@@ -9,6 +9,7 @@
 //! | [`naive`] | what a framework without fused attention computes in the problem's own element type |
 //! | [`tolerance`] | the error budget: 2 × the error of [`naive`] against [`oracle`] + 1e-5, per tensor |
 //! | [`grid`] | the grid of cases: all pairs of its factors, and all of it |
+//! | [`score`] | score functions of a user's, and the same in f64 |
 //! | [`sparse`] | random masks for block plans, and the dense problem that says the same |
 //! | [`strategy`] | random problems for proptest, and a count of which options met |
 
@@ -21,6 +22,8 @@ mod matmul;
 pub mod naive;
 pub mod oracle;
 mod parallel;
+#[allow(missing_docs)] // CubeCL's macros generate public items without docs.
+pub mod score;
 #[cfg(test)]
 mod small;
 pub mod sparse;

@@ -57,6 +57,7 @@ fn node_backward(problem: &Problem, inputs: &Inputs) -> Gradients<Vec<f64>> {
         bias: stored(sums.bias, problem.element),
         alibi_slopes: stored(sums.alibi_slopes, statistic),
         learned_sinks: stored(sums.learned_sinks, statistic),
+        score_parameters: stored(sums.score_parameters, statistic),
     }
 }
 
@@ -66,6 +67,8 @@ struct Kept<T> {
     p: Vec<T>,
     /// Hyperbolic tangent of the capped scores; empty without a softcap.
     tanh: Vec<T>,
+    /// Derivatives of the user's function for the score and for its parameter, and which that is; empty without one.
+    function: Vec<(T, T, usize)>,
     /// Share of the learned sink in the denominator, `[Sq]`; 0 without one.
     sink: Vec<T>,
     /// `[Sq]`.
@@ -78,6 +81,7 @@ impl<T: Real> Kept<T> {
         let k = transpose(&narrow::<T>(head.k), seq_kv, head_dim);
         let mut s = rounded(matmul(&narrow(head.q), &k, seq_q, head_dim, seq_kv), element);
         let mut tanh = vec![T::ZERO; if softcap.is_some() { s.len() } else { 0 }];
+        let mut function = Vec::new();
         let (mut sink, mut lse) = (vec![T::ZERO; seq_q], vec![T::NEG_INFINITY; seq_q]);
         for i in 0..seq_q {
             for (j, s) in s[i * seq_kv..][..seq_kv].iter_mut().enumerate() {
@@ -93,13 +97,18 @@ impl<T: Real> Kept<T> {
                 if head.problem.bias.is_some() {
                     *s = (*s + T::of(head.bias(i, j))).rounded(element);
                 }
+                if let Some((f, parameter)) = head.function(i, j, s.wide()) {
+                    let stored = |x: f64| T::of(x).rounded(element);
+                    *s = stored(f.value);
+                    function.push((stored(f.derivative), stored(f.parameter_derivative), parameter));
+                }
                 if !head.visible(i, j) {
                     *s = T::NEG_INFINITY;
                 }
             }
             (sink[i], lse[i]) = softmax(&mut s[i * seq_kv..][..seq_kv], head.sink.map(T::of), element);
         }
-        Kept { p: s, tanh, sink, lse }
+        Kept { p: s, tanh, function, sink, lse }
     }
 }
 
@@ -132,7 +141,7 @@ fn head_forward<T: Real>(head: &Head) -> (Vec<f64>, Vec<f64>) {
 
 fn head_backward<T: Real>(head: &Head) -> HeadGradients {
     let Problem { element, seq_q, seq_kv, head_dim, value_dim, scale, softcap, bias, .. } = *head.problem;
-    let Kept { p, tanh, sink, lse } = Kept::<T>::of(head);
+    let Kept { p, tanh, function, sink, lse } = Kept::<T>::of(head);
     let do_ = narrow::<T>(head.do_);
     let v = transpose(&narrow::<T>(head.v), seq_kv, value_dim);
     let dropped_transposed = transpose(&dropped(head, p.clone()), seq_q, seq_kv);
@@ -142,6 +151,7 @@ fn head_backward<T: Real>(head: &Head) -> HeadGradients {
     let mut ds = dropped(head, dp);
     let mut bias_gradient = vec![T::ZERO; bias.map_or(0, |[.., rows, keys]| rows * keys)];
     let (mut slope_gradient, mut sink_gradient) = (T::ZERO, T::ZERO);
+    let mut parameters = vec![T::ZERO; head.problem.score.map_or(0, |score| score.parameters)];
     for i in 0..seq_q {
         let row = i * seq_kv..(i + 1) * seq_kv;
         let mut delta = if lse[i] == T::NEG_INFINITY { T::ZERO } else { -T::of(head.dlse[i]) };
@@ -151,6 +161,10 @@ fn head_backward<T: Real>(head: &Head) -> HeadGradients {
         sink_gradient += -(sink[i] * delta);
         for (j, index) in row.enumerate() {
             let mut x = (p[index] * (ds[index] - delta)).rounded(element);
+            if let Some(&(derivative, for_parameter, parameter)) = function.get(index) {
+                parameters[parameter] += x * for_parameter;
+                x = (x * derivative).rounded(element);
+            }
             if let Some([.., rows, keys]) = bias {
                 bias_gradient[i % rows * keys + j % keys] += x;
             }
@@ -173,6 +187,7 @@ fn head_backward<T: Real>(head: &Head) -> HeadGradients {
         bias: wide(bias_gradient),
         slope: slope_gradient.wide(),
         sink: sink_gradient.wide(),
+        parameters: wide(parameters),
     }
 }
 
@@ -224,7 +239,7 @@ mod tests {
             (Element::F16, 1e-5, 5e-2),
             (Element::BF16, 1e-4, 4e-1),
         ] {
-            let mut worst = [0.0_f64; 7];
+            let mut worst = [0.0_f64; 8];
             for (seed, (_, problem)) in small::problems(element).iter().enumerate() {
                 let inputs = Inputs::random(problem, seed as u64);
                 let ((o, lse), (o_naive, lse_naive)) = (oracle::forward(problem, &inputs), forward(problem, &inputs));
@@ -239,6 +254,7 @@ mod tests {
                     (g_naive.bias, g.bias),
                     (g_naive.alibi_slopes, g.alibi_slopes),
                     (g_naive.learned_sinks, g.learned_sinks),
+                    (g_naive.score_parameters, g.score_parameters),
                 ]) {
                     assert_eq!(naive.is_some(), oracle.is_some());
                     if let (Some(naive), Some(oracle)) = (naive, oracle) {

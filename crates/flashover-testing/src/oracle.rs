@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! x_ij = (q_i · k_j) · scale                        product
-//! s_ij = c · tanh(x_ij / c) − slope · |a_i − j| + bias_ij      a_i = i + Skv − Sq
+//! s_ij = f(c · tanh(x_ij / c) − slope · |a_i − j| + bias_ij)   a_i = i + Skv − Sq, f: the user's function
 //! p_ij = exp(s_ij − lse_i)                          over the keys that i sees, 0 elsewhere
 //! lse_i = ln(Σ_j exp(s_ij) + exp(sink))
 //! o_i  = Σ_j p_ij · mult_ij · v_j                   mult: dropout
@@ -48,6 +48,8 @@ struct Softmax {
     seen: Vec<bool>,
     /// Derivative of the softcap; empty without one.
     cap: Vec<f64>,
+    /// Derivatives of the user's function for the score and for its parameter, and which that is; empty without one.
+    function: Vec<(f64, f64, usize)>,
     /// Share of the learned sink in the denominator, `[Sq]`; 0 without one.
     sink: Vec<f64>,
     /// `[Sq]`.
@@ -60,6 +62,7 @@ impl Softmax {
         let mut s = matmul(head.q, &transpose(head.k, seq_kv, head_dim), seq_q, head_dim, seq_kv);
         let mut seen = vec![false; s.len()];
         let mut cap = vec![0.0; if softcap.is_some() { s.len() } else { 0 }];
+        let mut function = Vec::new();
         let (mut sink, mut lse) = (vec![0.0; seq_q], vec![f64::NEG_INFINITY; seq_q]);
         for i in 0..seq_q {
             let row = &mut s[i * seq_kv..][..seq_kv];
@@ -75,11 +78,15 @@ impl Softmax {
                     *s -= slope * head.distance(i, j);
                 }
                 *s += head.bias(i, j);
+                if let Some((f, parameter)) = head.function(i, j, *s) {
+                    *s = f.value;
+                    function.push((f.derivative, f.parameter_derivative, parameter));
+                }
                 seen[j] = head.visible(i, j) && *s != f64::NEG_INFINITY;
             }
             (sink[i], lse[i]) = normalise(row, seen, head.sink);
         }
-        Softmax { p: s, seen, cap, sink, lse }
+        Softmax { p: s, seen, cap, function, sink, lse }
     }
 
     /// Probabilities after dropout.
@@ -122,7 +129,7 @@ fn normalise(row: &mut [f64], seen: &[bool], sink: Option<f64>) -> (f64, f64) {
 /// dv_j  = Σ_i p_ij · mult_ij · do_i
 /// dp_ij = mult_ij · (do_i · v_j)
 /// ds_ij = p_ij · (dp_ij − delta_i)                  delta_i = Σ_j p_ij · dp_ij − dlse_i
-/// dx_ij = ds_ij · (1 − tanh²(x_ij / c))
+/// dx_ij = ds_ij · f′ · (1 − tanh²(x_ij / c))
 /// dq_i  = Σ_j dx_ij · scale · k_j                   dk_j = Σ_i dx_ij · scale · q_i
 /// ```
 fn head_backward(head: &Head) -> HeadGradients {
@@ -138,6 +145,7 @@ fn head_backward(head: &Head) -> HeadGradients {
     let mut ds = matmul(head.do_, &transpose(head.v, seq_kv, value_dim), seq_q, value_dim, seq_kv);
     let mut bias_gradient = vec![0.0; bias.map_or(0, |[.., rows, keys]| rows * keys)];
     let (mut slope, mut sink) = (0.0, 0.0);
+    let mut parameters = vec![0.0; head.problem.score.map_or(0, |score| score.parameters)];
     for i in 0..seq_q {
         let row = i * seq_kv..(i + 1) * seq_kv;
         for ((ds, &kept), &seen) in ds[row.clone()].iter_mut().zip(&kept[row.clone()]).zip(&seen[row.clone()]) {
@@ -148,6 +156,10 @@ fn head_backward(head: &Head) -> HeadGradients {
         sink -= softmax.sink[i] * delta;
         for (j, index) in row.enumerate().filter(|&(_, index)| seen[index]) {
             ds[index] -= p[index] * delta;
+            if let Some(&(derivative, for_parameter, parameter)) = softmax.function.get(index) {
+                parameters[parameter] += ds[index] * for_parameter;
+                ds[index] *= derivative;
+            }
             if let Some([.., rows, keys]) = bias {
                 bias_gradient[i % rows * keys + j % keys] += ds[index];
             }
@@ -162,6 +174,7 @@ fn head_backward(head: &Head) -> HeadGradients {
         bias: bias_gradient,
         slope,
         sink,
+        parameters,
     }
 }
 

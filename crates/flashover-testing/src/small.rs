@@ -4,6 +4,8 @@ use flashover_kernels::dropout::Dropout;
 use flashover_kernels::mask::{Band, UNBOUNDED};
 use flashover_kernels::problem::{Element, Problem};
 
+use crate::score::{with_buckets, with_waves};
+
 /// A name and a problem each.
 pub(crate) fn problems(element: Element) -> Vec<(String, Problem)> {
     let shaped = |heads_kv: usize, seq_q: usize, seq_kv: usize| {
@@ -36,6 +38,8 @@ pub(crate) fn problems(element: Element) -> Vec<(String, Problem)> {
         ("causal, key lengths", Problem { key_lengths: true, band: Band::causal(), ..plain.clone() }),
         ("learned sinks", Problem { learned_sinks: true, ..plain.clone() }),
         ("dropout", Problem { dropout, ..plain.clone() }),
+        ("score function", with_waves(plain.clone())),
+        ("score function, table", with_buckets(plain.clone())),
     ]
     .map(|(name, problem)| (name.to_string(), problem))
     .into();
@@ -58,6 +62,13 @@ pub(crate) fn problems(element: Element) -> Vec<(String, Problem)> {
             ..shaped([1, 2, 4][pattern % 3], 5, 7)
         };
         all.push((format!("mixed, bias {shape:?}"), mixed));
+    }
+    // With everything else before it.
+    let mixed = |(name, _): &&(String, Problem)| name.starts_with("mixed");
+    let all_mixed: Vec<_> = all.iter().filter(mixed).cloned().collect();
+    for (n, function) in [(6, with_waves as fn(Problem) -> Problem), (15, with_buckets)] {
+        let (name, problem) = all_mixed[n].clone();
+        all.push((format!("{name}, score function"), function(problem)));
     }
     for (name, problem) in &all {
         problem.validate().unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -53,9 +53,9 @@ pub struct References<'a> {
     o: Reference,
     lse: Reference,
     /// In the order of [`GRADIENTS`]; `None` where the problem has no such operand.
-    gradients: [Option<Reference>; 6],
+    gradients: [Option<Reference>; 7],
     /// The naive errors of other draws of the inputs, as far as they were needed.
-    drawn: RefCell<Vec<[f64; 6]>>,
+    drawn: RefCell<Vec<[f64; 7]>>,
 }
 
 /// The oracle's tensor and how far another may be from it.
@@ -65,7 +65,7 @@ struct Reference {
 }
 
 /// Names of the gradients, in the order in which they are kept here.
-const GRADIENTS: [&str; 6] = ["dq", "dk", "dv", "dbias", "dalibi_slopes", "dlearned_sinks"];
+const GRADIENTS: [&str; 7] = ["dq", "dk", "dv", "dbias", "dalibi_slopes", "dlearned_sinks", "dscore_parameters"];
 
 impl<'a> References<'a> {
     /// Runs the oracle and the naive reference.
@@ -172,13 +172,13 @@ impl Reference {
     }
 }
 
-fn ordered(gradients: Gradients<Vec<f64>>) -> [Option<Vec<f64>>; 6] {
-    let Gradients { q, k, v, bias, alibi_slopes, learned_sinks } = gradients;
-    [q, k, v, bias, alibi_slopes, learned_sinks]
+fn ordered(gradients: Gradients<Vec<f64>>) -> [Option<Vec<f64>>; 7] {
+    let Gradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters } = gradients;
+    [q, k, v, bias, alibi_slopes, learned_sinks, score_parameters]
 }
 
 /// Errors of the naive gradients; 0 for one that is not there.
-fn naive_errors(expected: &[Option<Vec<f64>>; 6], naive: &[Option<Vec<f64>>; 6]) -> [f64; 6] {
+fn naive_errors(expected: &[Option<Vec<f64>>; 7], naive: &[Option<Vec<f64>>; 7]) -> [f64; 7] {
     std::array::from_fn(|n| match (&expected[n], &naive[n]) {
         (Some(expected), Some(naive)) => naive_error(expected, naive),
         _ => 0.0,

@@ -24,6 +24,7 @@ enum Operand {
     Bias,
     AlibiSlopes,
     LearnedSinks,
+    ScoreParameters,
 }
 
 /// Which of the two outputs a node stands for.
@@ -54,19 +55,20 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
     fn backward(self, ops: Ops<Saved<B>, N>, grads: &mut GradientStore, checkpointer: &mut Checkpointer) {
         let saved = ops.state;
         let grad = grads.consume::<B>(&ops.node);
-        let mut values = [None, None, None, None, None, None];
+        let mut values = [const { None }; 7];
         let mut wanted = Wanted::default();
         for (&(operand, id), parent) in saved.operands.iter().zip(&ops.parents) {
             values[operand as usize] = Some(checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
             *flag(&mut wanted, operand) = parent.is_some();
         }
-        let [q, k, v, bias, alibi_slopes, learned_sinks] = values;
+        let [q, k, v, bias, alibi_slopes, learned_sinks, score_parameters] = values;
         let present = "q, k and v are always saved";
         let extras = Extras {
             bias: MaybeFloat::from_option(bias),
             mask: saved.mask,
             alibi_slopes: MaybeFloat::from_option(alibi_slopes),
             learned_sinks: MaybeFloat::from_option(learned_sinks),
+            score_parameters: MaybeFloat::from_option(score_parameters),
             key_lengths: saved.key_lengths,
         };
         let (do_, dlse) = match saved.output {
@@ -76,19 +78,21 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
                 (zeros, MaybeFloat::Present(grad))
             }
         };
-        let InputGradients { q: dq, k: dk, v: dv, bias, alibi_slopes, learned_sinks } = B::flashover_backward(
-            q.expect(present),
-            k.expect(present),
-            v.expect(present),
-            extras,
-            saved.o,
-            saved.lse,
-            do_,
-            dlse,
-            saved.plan,
-            wanted,
-        );
-        let mut gradients = [dq, dk, dv, bias, alibi_slopes, learned_sinks].map(MaybeFloat::into_option);
+        let InputGradients { q: dq, k: dk, v: dv, bias, alibi_slopes, learned_sinks, score_parameters } =
+            B::flashover_backward(
+                q.expect(present),
+                k.expect(present),
+                v.expect(present),
+                extras,
+                saved.o,
+                saved.lse,
+                do_,
+                dlse,
+                saved.plan,
+                wanted,
+            );
+        let gradients = [dq, dk, dv, bias, alibi_slopes, learned_sinks, score_parameters];
+        let mut gradients = gradients.map(MaybeFloat::into_option);
         for ((operand, _), parent) in saved.operands.into_iter().zip(ops.parents) {
             if let Some(node) = parent {
                 let gradient = gradients[operand as usize].take().expect("a wanted gradient was computed");
@@ -106,6 +110,7 @@ fn flag(wanted: &mut Wanted, operand: Operand) -> &mut bool {
         Operand::Bias => &mut wanted.bias,
         Operand::AlibiSlopes => &mut wanted.alibi_slopes,
         Operand::LearnedSinks => &mut wanted.learned_sinks,
+        Operand::ScoreParameters => &mut wanted.score_parameters,
     }
 }
 
@@ -123,6 +128,7 @@ impl<B: AttentionBackend, C: CheckpointStrategy> Tracked<B, C> {
             (Operand::Bias, &extras.bias),
             (Operand::AlibiSlopes, &extras.alibi_slopes),
             (Operand::LearnedSinks, &extras.learned_sinks),
+            (Operand::ScoreParameters, &extras.score_parameters),
         ];
         let mut operands = vec![(Operand::Q, q), (Operand::K, k), (Operand::V, v)];
         operands.extend(optional.into_iter().filter_map(|(operand, maybe)| match maybe {
@@ -166,7 +172,8 @@ impl<B: AttentionBackend, C: CheckpointStrategy> Tracked<B, C> {
             4 => self.record::<4>(output, saved),
             5 => self.record::<5>(output, saved),
             6 => self.record::<6>(output, saved),
-            n => unreachable!("attention has 3 to 6 float operands, not {n}"),
+            7 => self.record::<7>(output, saved),
+            n => unreachable!("attention has 3 to 7 float operands, not {n}"),
         }
     }
 }
@@ -180,6 +187,7 @@ fn inner_extras<B: AttentionBackend, C: CheckpointStrategy>(extras: Extras<Autod
         mask: MaybeBool::from_option(extras.mask.into_option()),
         alibi_slopes: inner(extras.alibi_slopes),
         learned_sinks: inner(extras.learned_sinks),
+        score_parameters: inner(extras.score_parameters),
         key_lengths: MaybeInt::from_option(extras.key_lengths.into_option()),
     }
 }

@@ -92,6 +92,9 @@ pub struct Extras<B: Backend> {
     /// Learned sink logits.
     #[extension_type]
     pub learned_sinks: MaybeFloat<B>,
+    /// Parameters of the user's score function.
+    #[extension_type]
+    pub score_parameters: MaybeFloat<B>,
     /// Visible keys of each batch element.
     #[extension_type]
     pub key_lengths: MaybeInt<B>,
@@ -119,6 +122,9 @@ pub struct InputGradients<B: Backend> {
     /// Gradient of the learned sinks.
     #[extension_type]
     pub learned_sinks: MaybeFloat<B>,
+    /// Gradient of the parameters of the user's score function.
+    #[extension_type]
+    pub score_parameters: MaybeFloat<B>,
 }
 
 /// Attention as a backend provides it. The plan's problem is validated and the tensors match it: [`attention`](crate::attention)
@@ -223,6 +229,7 @@ mod specs {
             bias: like_extra(wanted.bias, &extras.bias),
             alibi_slopes: like_extra(wanted.alibi_slopes, &extras.alibi_slopes),
             learned_sinks: like_extra(wanted.learned_sinks, &extras.learned_sinks),
+            score_parameters: like_extra(wanted.score_parameters, &extras.score_parameters),
         }
     }
 }

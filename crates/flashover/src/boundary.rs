@@ -4,6 +4,7 @@
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Device, Int, IntDType, Tensor};
 use flashover_kernels::problem::{Element, Problem};
+use flashover_kernels::score::ScoreUse;
 
 use crate::backend::{AttentionBackend, Extras, MaybeBool, MaybeFloat, MaybeInt, Plan};
 use crate::{AttentionError, AttentionOptions, SparsePlan};
@@ -60,7 +61,15 @@ impl Prepared {
         problem.alibi = options.alibi_slopes.is_some();
         problem.learned_sinks = options.learned_sinks.is_some();
         problem.key_lengths = options.key_lengths.is_some();
+        if let Some((code, parameters)) = &options.score_function {
+            same_device(&device, "score_parameters", &parameters.device())?;
+            score_dtypes(element, parameters.dtype())?;
+            problem.score = Some(ScoreUse { code: *code, parameters: parameters.dims()[0] });
+        }
         problem.validate()?;
+        if let Some(score) = problem.score {
+            score.check_parameters(&problem)?;
+        }
         let blocks = options.checked_plan()?;
         problem.plan = blocks.map(|blocks| blocks.shape_for(&problem)).transpose()?;
         backend_is_built(&device)?;
@@ -125,6 +134,9 @@ fn extras(options: &AttentionOptions, element: Element, device: &DispatchDevice)
         mask: MaybeBool::from_option(options.mask.clone().map(Tensor::into_dispatch)),
         alibi_slopes: float(&options.alibi_slopes),
         learned_sinks: float(&options.learned_sinks),
+        score_parameters: MaybeFloat::from_option(
+            options.score_function.clone().map(|(_, parameters)| parameters.into_dispatch()),
+        ),
         key_lengths: MaybeInt::from_option(options.key_lengths.clone().map(|lengths: Tensor<1, Int>| {
             // A composition takes any integers, and LibTorch has no others than its own.
             let lengths = if runs_kernels(device) { lengths.cast(IntDType::I32) } else { lengths };
@@ -150,6 +162,16 @@ fn same_dtype(q: &Tensor<4>, what: &'static str, other: &Tensor<4>) -> Result<()
         return Ok(());
     }
     Err(AttentionError::DType { what, expected: format!("that of q, {:?}", q.dtype()), found: other.dtype() })
+}
+
+/// A score function is f32 code with f32 parameters.
+fn score_dtypes(element: Element, parameters: DType) -> Result<(), AttentionError> {
+    let wrong = |what, expected: &str, found| Err(AttentionError::DType { what, expected: expected.into(), found });
+    match (element, parameters) {
+        (Element::F64, _) => wrong("q", "f32, f16 or bf16 with a score function, which is f32 code", DType::F64),
+        (_, DType::F32) => Ok(()),
+        (_, found) => wrong("score_parameters", "F32", found),
+    }
 }
 
 fn same_device(q: &Device, what: &'static str, other: &Device) -> Result<(), AttentionError> {

@@ -1,12 +1,14 @@
 //! Attention composed of a backend's own operations, for backends without a kernel: a chunk of queries at a time
-//! against all keys, so that memory stays O(Sq + Skv), never their product. Arithmetic in f32 (f64 for f64).
+//! against all keys, so that memory stays O(Sq + Skv), never their product. Arithmetic in f32 (f64 for f64). A score function of
+//! the user's is called on the host: a chunk's scores go there and back.
 
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata, get_or_init_device_settings};
 use burn::tensor::{BoolDType, FloatDType, IntDType, Shape, Slice, TensorData};
 use flashover_kernels::block_plan::BlockPlan;
-use flashover_kernels::operands::Wanted;
+use flashover_kernels::operands::{Gradients, Wanted};
 use flashover_kernels::problem::{Element, Problem};
+use flashover_kernels::score::{Along, Derivatives, Position, Row, ScoreUse};
 
 use crate::SparsePlan;
 use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
@@ -101,6 +103,8 @@ struct Scores<B: Backend> {
     tanh: Option<FloatTensor<B>>,
     /// `|a − j|`, `[1, 1, c, Skv]`, under ALiBi.
     distance: Option<FloatTensor<B>>,
+    /// Derivatives of the user's function for the score and for the parameter, if there is one; 0 where hidden.
+    function: Option<[FloatTensor<B>; 2]>,
 }
 
 impl<'a, B: Backend> Composition<'a, B> {
@@ -150,6 +154,7 @@ impl<'a, B: Backend> Composition<'a, B> {
         let mut dbias = Vec::new();
         let mut dslopes = zeros(&[p.heads_q], wanted.alibi_slopes);
         let mut dsinks = zeros(&[p.heads_q], wanted.learned_sinks);
+        let mut dparameters = wanted.score_parameters.then(|| vec![0.0; p.score.map_or(0, |score| score.parameters)]);
         let column = Shape::from([p.batch, p.heads_q, p.seq_q, 1]);
         let lse = B::float_cast(B::float_reshape(lse, column.clone()), self.compute);
         let dlse = dlse.map(|dlse| B::float_cast(B::float_reshape(dlse, column), self.compute));
@@ -160,12 +165,22 @@ impl<'a, B: Backend> Composition<'a, B> {
             }
             let dq = wanted.q.then(|| self.zeros(&[p.batch, p.heads_q, p.seq_q, p.head_dim], self.compute));
             let dbias = wanted.bias.then(|| self.zeros(&bias_shape, self.compute));
-            return self.gradients(dq, dk, dv, dbias, dslopes, dsinks);
+            let score_parameters = dparameters.map(|x| self.vector(x));
+            let (alibi_slopes, learned_sinks) = (dslopes, dsinks);
+            return self.stored(Gradients {
+                q: dq,
+                k: dk,
+                v: dv,
+                bias: dbias,
+                alibi_slopes,
+                learned_sinks,
+                score_parameters,
+            });
         }
         for i0 in (0..p.seq_q).step_by(CHUNK) {
             let rows = i0..(i0 + CHUNK).min(p.seq_q);
             let of = |tensor: &FloatTensor<B>| B::float_cast(self.rows(tensor, &rows), self.compute);
-            let Scores { s, tanh, distance } = self.scores(&rows);
+            let Scores { s, tanh, distance, function } = self.scores(&rows);
             let lse = of(&lse);
             let probabilities = self.probabilities(s, lse.clone());
             let do_ = self.grouped(of(&do_));
@@ -173,7 +188,7 @@ impl<'a, B: Backend> Composition<'a, B> {
                 let dropped = self.grouped(self.dropped(probabilities.clone(), &rows));
                 dv = Some(B::float_add(sum, B::float_matmul(B::float_transpose(dropped), do_.clone())));
             }
-            let of_scores = wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes;
+            let of_scores = wanted.q || wanted.k || wanted.bias || wanted.alibi_slopes || wanted.score_parameters;
             if !(of_scores || wanted.learned_sinks) {
                 continue;
             }
@@ -194,7 +209,13 @@ impl<'a, B: Backend> Composition<'a, B> {
                 continue;
             }
             // ds = p ∘ (dp − delta)
-            let ds = B::float_mul(probabilities, B::float_sub(dp, delta));
+            let mut ds = B::float_mul(probabilities, B::float_sub(dp, delta));
+            if let (Some([for_score, for_parameter]), Some(score)) = (function, p.score) {
+                if let Some(sums) = &mut dparameters {
+                    self.add_by_parameter(score, B::float_mul(ds.clone(), for_parameter), &rows, sums);
+                }
+                ds = B::float_mul(ds, for_score);
+            }
             if wanted.bias {
                 dbias.push(self.reduced(ds.clone(), bias_shape));
             }
@@ -225,7 +246,9 @@ impl<'a, B: Backend> Composition<'a, B> {
             1 => dbias.into_iter().reduce(B::float_add).expect("there is a chunk"),
             _ => B::float_cat(dbias, 2),
         });
-        self.gradients(dq, dk, dv, dbias, dslopes, dsinks)
+        let score_parameters = dparameters.map(|x| self.vector(x));
+        let (alibi_slopes, learned_sinks) = (dslopes, dsinks);
+        self.stored(Gradients { q: dq, k: dk, v: dv, bias: dbias, alibi_slopes, learned_sinks, score_parameters })
     }
 
     fn scores(&self, rows: &std::ops::Range<usize>) -> Scores<B> {
@@ -250,11 +273,72 @@ impl<'a, B: Backend> Composition<'a, B> {
             let bias = if p.bias.is_some_and(|shape| shape[2] != 1) { self.rows(bias, rows) } else { bias.clone() };
             s = B::float_add(s, B::float_cast(bias, self.compute));
         }
+        let mut function = None;
+        if let (Some(score), MaybeFloat::Present(parameters)) = (p.score, &self.extras.score_parameters) {
+            let [values, derivatives @ ..] = self.with_function(score, parameters, s, rows);
+            (s, function) = (values, Some(derivatives));
+        }
         for hidden in self.hidden(rows) {
             let hidden = B::bool_expand(hidden, s.shape());
+            // What a function makes of a hidden score may be NaN, and 0 · NaN is not 0.
+            function = function.map(|x| x.map(|x| B::float_mask_fill(x, hidden.clone(), 0.0.into())));
             s = B::float_mask_fill(s, hidden, f64::NEG_INFINITY.into());
         }
-        Scores { s, tanh, distance }
+        Scores { s, tanh, distance, function }
+    }
+
+    /// The user's function over the scores of a chunk: its values, and its derivatives for the score and for the parameter.
+    fn with_function(
+        &self,
+        score: ScoreUse,
+        parameters: &FloatTensor<B>,
+        s: FloatTensor<B>,
+        rows: &std::ops::Range<usize>,
+    ) -> [FloatTensor<B>; 3] {
+        let shape = s.shape();
+        let (parameters, mut values) = (host::<B>(parameters.clone()), host::<B>(s));
+        let (mut for_score, mut for_parameter) = (vec![0.0; values.len()], vec![0.0; values.len()]);
+        let keys = self.problem.seq_kv;
+        let of_rows = values.chunks_mut(keys).zip(for_score.chunks_mut(keys)).zip(for_parameter.chunks_mut(keys));
+        for (row, ((values, for_score), for_parameter)) in self.places(rows).zip(of_rows) {
+            let to = Derivatives { score: for_score, parameter: for_parameter };
+            score.code.derivatives(values, to, row, &parameters);
+        }
+        [values, for_score, for_parameter].map(|x| self.floats(TensorData::new(x, shape.clone())))
+    }
+
+    /// Adds the elements of `[B, Hq, c, Skv]` up, each for the parameter that its score reads.
+    fn add_by_parameter(
+        &self,
+        score: ScoreUse,
+        terms: FloatTensor<B>,
+        rows: &std::ops::Range<usize>,
+        sums: &mut [f64],
+    ) {
+        let terms = host::<B>(terms);
+        for (row, terms) in self.places(rows).zip(terms.chunks(self.problem.seq_kv)) {
+            for (n, &term) in terms.iter().enumerate() {
+                // What is hidden may read a parameter that does not exist.
+                if let Some(sum) = sums.get_mut(score.code.parameter(row.at(n)) as usize) {
+                    *sum += f64::from(term);
+                }
+            }
+        }
+    }
+
+    /// Where the rows of a chunk's scores stand, in their order.
+    fn places(&self, rows: &std::ops::Range<usize>) -> impl Iterator<Item = Row> + use<B> {
+        let Problem { batch, heads_q, .. } = *self.problem;
+        let (alignment, rows) = (self.problem.alignment(), rows.clone());
+        let heads = (0..batch as u32).flat_map(move |b| (0..heads_q as u32).map(move |h| (b, h)));
+        heads.flat_map(move |(batch, head)| {
+            let place = move |i: usize| Position { batch, head, a: i as i32 + alignment, j: 0 };
+            rows.clone().map(move |i| Row { first: place(i), along: Along::Keys })
+        })
+    }
+
+    fn floats(&self, data: TensorData) -> FloatTensor<B> {
+        B::float_from_data(data.convert_dtype(self.compute.into()), &self.device)
     }
 
     /// The masks of a chunk, each broadcastable to `[B, Hq, c, Skv]`, `true` hides.
@@ -396,16 +480,15 @@ impl<'a, B: Backend> Composition<'a, B> {
         self.q.dtype().into()
     }
 
-    fn gradients(
-        &self,
-        q: Option<FloatTensor<B>>,
-        k: Option<FloatTensor<B>>,
-        v: Option<FloatTensor<B>>,
-        bias: Option<FloatTensor<B>>,
-        alibi_slopes: Option<FloatTensor<B>>,
-        learned_sinks: Option<FloatTensor<B>>,
-    ) -> InputGradients<B> {
+    fn vector(&self, x: Vec<f64>) -> FloatTensor<B> {
+        let shape = [x.len()];
+        self.floats(TensorData::new(x, shape))
+    }
+
+    /// The gradients in the element types of their operands.
+    fn stored(&self, gradients: Gradients<FloatTensor<B>>) -> InputGradients<B> {
         let stored = |x: Option<FloatTensor<B>>| MaybeFloat::from_option(x.map(|x| B::float_cast(x, self.storage())));
+        let Gradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters } = gradients;
         InputGradients {
             q: stored(q),
             k: stored(k),
@@ -413,8 +496,17 @@ impl<'a, B: Backend> Composition<'a, B> {
             bias: stored(bias),
             alibi_slopes: MaybeFloat::from_option(alibi_slopes),
             learned_sinks: MaybeFloat::from_option(learned_sinks),
+            score_parameters: MaybeFloat::from_option(score_parameters),
         }
     }
+}
+
+/// The elements of a tensor, in row-major order.
+fn host<B: Backend>(tensor: FloatTensor<B>) -> Vec<f32> {
+    let data = burn::tensor::read_sync(B::float_into_data(tensor));
+    data.unwrap_or_else(|error| panic!("flashover: the backend gave no data for a score function: {error:?}"))
+        .iter()
+        .collect()
 }
 
 /// Rows of a `[_, _, Sq, _]` tensor.

@@ -91,6 +91,7 @@ impl AttentionBackend for CubeBackend {
             bias: maybe(gradients.bias),
             alibi_slopes: maybe(gradients.alibi_slopes),
             learned_sinks: maybe(gradients.learned_sinks),
+            score_parameters: maybe(gradients.score_parameters),
         }
     }
 }
@@ -167,7 +168,7 @@ impl Place {
 }
 
 fn operands(q: CubeTensor, k: CubeTensor, v: CubeTensor, extras: Extras<CubeBackend>) -> Operands<DeviceTensor> {
-    let Extras { bias, mask, alibi_slopes, learned_sinks, key_lengths } = extras;
+    let Extras { bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } = extras;
     Operands {
         q: on_device(q),
         k: on_device(k),
@@ -176,6 +177,7 @@ fn operands(q: CubeTensor, k: CubeTensor, v: CubeTensor, extras: Extras<CubeBack
         mask: mask.into_option().map(on_device),
         alibi_slopes: alibi_slopes.into_option().map(on_device),
         learned_sinks: learned_sinks.into_option().map(on_device),
+        score_parameters: score_parameters.into_option().map(on_device),
         key_lengths: key_lengths.into_option().map(on_device),
     }
 }

@@ -77,6 +77,7 @@ pub fn explain(
         bias: tracked && problem.bias.is_some(),
         alibi_slopes: tracked && problem.alibi,
         learned_sinks: tracked && problem.learned_sinks,
+        score_parameters: tracked && problem.score.is_some(),
     };
     let mut answer = Explanation {
         device: format!("{device:?}"),
@@ -130,7 +131,9 @@ pub fn explain(
         answer.forward = vec![Step { launch: crate::flex::forward_launch(problem), flops, bytes }];
         if tracked {
             // S twice, dQ and dK over D; dP twice and dV over Dv: delta takes S and dP for itself.
-            let flops = products(problem, 4, 3);
+            // A score function's parameters take both once more.
+            let more = u64::from(wanted.score_parameters);
+            let flops = products(problem, 4 + more, 3 + more);
             let launch = crate::flex::backward_launch(problem, wanted);
             answer.backward = vec![Step { launch, flops, bytes: 2 * bytes }];
         }
@@ -141,6 +144,10 @@ pub fn explain(
         let what =
             if visits { "only the tiles of a block plan are visited" } else { "a block plan hides, and saves no time" };
         answer.reason += &format!("; {what}, {:.1} % of all", 100.0 * blocks.density());
+    }
+    if let Some(score) = problem.score {
+        let host = if answer.kernel == "composition" { ", called on the host" } else { "" };
+        answer.reason += &format!("; scores pass {} with {} parameters{host}", score.code.name(), score.parameters);
     }
     Ok(answer)
 }

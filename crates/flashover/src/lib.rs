@@ -74,3 +74,8 @@ pub fn attention_with_lse(
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// And those of the page on score functions.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/scores.md")]
+struct Scores;

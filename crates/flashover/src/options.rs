@@ -4,13 +4,14 @@ use burn::tensor::{Bool, Int, Tensor};
 use flashover_kernels::dropout::Dropout;
 use flashover_kernels::mask::{Band, Mask, MaskError, UNBOUNDED};
 use flashover_kernels::problem::ProblemError;
+use flashover_kernels::score::{ScoreCode, ScoreFunction};
 
 use crate::SparsePlan;
 
 /// Options of [`attention`](crate::attention). The default is plain attention at scale `1/√D`.
 ///
 /// A score passes, in this order: `q·k · scale` → [`softcap`](Self::softcap) →
-/// `+` [`alibi`](Self::alibi_slopes) `+` [`bias`](Self::bias) → masks → softmax.
+/// `+` [`alibi`](Self::alibi_slopes) `+` [`bias`](Self::bias) → [`score_function`](Self::score_function) → masks → softmax.
 ///
 /// ```
 /// use flashover::AttentionOptions;
@@ -29,6 +30,7 @@ pub struct AttentionOptions {
     pub(crate) learned_sinks: Option<Tensor<1>>,
     pub(crate) key_lengths: Option<Tensor<1, Int>>,
     pub(crate) dropout: Option<Dropout>,
+    pub(crate) score_function: Option<(ScoreCode, Tensor<1>)>,
     pub(crate) plan: Option<SparsePlan>,
     pub(crate) another_mask: Option<MaskError>,
 }
@@ -115,6 +117,65 @@ impl AttentionOptions {
     /// same on every backend, forward and backward.
     pub fn dropout(mut self, probability: f64, seed: u64) -> Self {
         self.dropout = Some(Dropout { probability, seed });
+        self
+    }
+
+    /// A score function of the caller's own, the last before the masks, and its parameters: f32, of any shape, counted in
+    /// row-major order. Their gradient has that shape.
+    ///
+    /// The type says everything: a value without fields is only there to name it. Wherever position lets a key be seen, the
+    /// function must read a parameter that exists; see
+    /// [`ScoreUse::check_parameters`](flashover_kernels::score::ScoreUse::check_parameters) for how far that is checked beforehand. A
+    /// score of −∞ is as good as hidden. For f32, f16 and bf16: a function is f32 code. There can be one; a later call replaces
+    /// it.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use flashover::kernels::cubecl;
+    /// use flashover::kernels::cubecl::prelude::*;
+    /// use flashover::kernels::score::{Position, ScoreFunction};
+    /// use flashover::{AttentionOptions, attention};
+    ///
+    /// /// A factor for each of 4 heads: a temperature.
+    /// struct Temperature;
+    ///
+    /// #[cube]
+    /// impl ScoreFunction for Temperature {
+    ///     fn parameter(at: Position) -> u32 {
+    ///         at.head
+    ///     }
+    ///
+    ///     fn value(s: f32, _at: Position, parameter: f32) -> f32 {
+    ///         s * parameter
+    ///     }
+    ///
+    ///     fn derivative(_s: f32, _at: Position, parameter: f32) -> f32 {
+    ///         parameter
+    ///     }
+    ///
+    ///     fn parameter_derivative(s: f32, _at: Position, _parameter: f32) -> f32 {
+    ///         s
+    ///     }
+    /// }
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let q = Tensor::<4>::random([1, 4, 50, 8], Distribution::Default, &device);
+    /// let factors = Tensor::<1>::ones([4], &device).require_grad();
+    /// let options = AttentionOptions::new().score_function(Temperature, factors.clone());
+    /// let o = attention(q.clone(), q.clone(), q, &options)?;
+    /// assert!(factors.grad(&o.sum().backward()).is_some());
+    /// # Ok::<(), flashover::AttentionError>(())
+    /// ```
+    pub fn score_function<F: ScoreFunction, const D: usize>(mut self, _: F, parameters: Tensor<D>) -> Self {
+        const { assert!(size_of::<F>() == 0, "a score function is a type without fields: its parameters are a tensor") };
+        let parameters = match parameters.shape().num_elements() {
+            // Burn's reshape reads a zero as "the size that was there".
+            0 => Tensor::zeros([0], (&parameters.device(), parameters.dtype())),
+            // No node of autodiff's, so that a leaf stays one.
+            _ if D == 1 => Tensor::from_dispatch(parameters.into_dispatch()),
+            n => parameters.reshape([n]),
+        };
+        self.score_function = Some((ScoreCode::of::<F>(), parameters));
         self
     }
 

@@ -6,6 +6,7 @@ use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::launch_log;
 use flashover::kernels::mask::Mask;
 use flashover::{AttentionOptions, SparsePlan, attention, explain};
+use flashover_testing::score::Buckets;
 
 #[path = "all/devices.rs"]
 #[allow(dead_code)]
@@ -56,10 +57,15 @@ fn everything(device: &Device, dtype: DType) -> AttentionOptions {
     options.alibi_slopes(vector(4)).learned_sinks(vector(4))
 }
 
+fn with_function(device: &Device, dtype: DType) -> AttentionOptions {
+    let table = Tensor::<2>::ones([4, 32], device).require_grad();
+    everything(device, dtype).score_function(Buckets, table)
+}
+
 fn planned(device: &Device, dtype: DType) -> AttentionOptions {
     let mask = Mask::causal() & Mask::window(20, 0);
     let plan = SparsePlan::with_tile(&mask, [2, 4, 70, 90], TileSize { bq: 64, bk: 32 }).expect("sound");
-    everything(device, dtype).plan(&plan)
+    with_function(device, dtype).plan(&plan)
 }
 
 #[test]
@@ -67,6 +73,7 @@ fn explain_holds_against_the_launch_log() {
     let holds_on = |device: &Device, dtype: DType| {
         holds(device, dtype, plain);
         holds(device, dtype, everything);
+        holds(device, dtype, with_function);
         holds(device, dtype, planned);
     };
     holds_on(&devices::flex(), DType::F32);

@@ -30,6 +30,9 @@ pub(crate) fn check_operands(problem: &Problem, operands: &Operands<DeviceTensor
     let (heads, batch) = ([heads_q], [batch]);
     check("alibi_slopes", operands.alibi_slopes.as_ref(), problem.alibi.then_some(&heads[..]), "f32", word)?;
     check("learned_sinks", operands.learned_sinks.as_ref(), problem.learned_sinks.then_some(&heads[..]), "f32", word)?;
+    let parameters = problem.score.map(|score| [score.parameters]);
+    let shape = parameters.as_ref().map(|shape| &shape[..]);
+    check("score_parameters", operands.score_parameters.as_ref(), shape, "f32", word)?;
     check("key_lengths", operands.key_lengths.as_ref(), problem.key_lengths.then_some(&batch[..]), "i32", word)
 }
 

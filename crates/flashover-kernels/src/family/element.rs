@@ -43,6 +43,10 @@ pub(crate) struct Numbers {
     pub lengths_at: usize,
     pub slope_partials_at: usize,
     pub bias_partials_at: usize,
+    /// Parameters of a user's score function: where, and how many.
+    pub parameters_at: usize,
+    pub parameters: u32,
+    pub parameter_partials_at: usize,
     /// Where the block plan starts.
     pub plan_at: usize,
     pub mask_at: usize,
@@ -170,7 +174,8 @@ pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers) -> f32 {
     y
 }
 
-/// Score of query `i` and key `j` from their product: scale, then softcap, then ALiBi and bias.
+/// Score of query `i` and key `j` from their product: scale, then softcap, then ALiBi and bias. A user's function comes
+/// after it (`with_function`).
 #[cube]
 pub(crate) fn score<E: Float>(
     product: f32,

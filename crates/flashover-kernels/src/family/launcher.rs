@@ -93,7 +93,7 @@ pub(crate) fn cubes_of(problem: &Problem, side: Side, tile: TileShape) -> usize 
 pub(crate) fn without_absent_scores(problem: &Problem) -> Problem {
     let mut problem = problem.clone();
     if problem.seq_kv == 0 {
-        (problem.bias, problem.mask, problem.plan) = (None, None, None);
+        (problem.bias, problem.mask, problem.plan, problem.score) = (None, None, None, None);
     }
     problem
 }
@@ -103,7 +103,7 @@ pub(crate) fn visible_part(problem: &Problem, operands: &Operands<DeviceTensor>)
     let mut operands = operands.clone();
     if problem.seq_kv == 0 {
         (operands.k, operands.v) = (operands.q.clone(), operands.q.clone());
-        (operands.bias, operands.mask) = (None, None);
+        (operands.bias, operands.mask, operands.score_parameters) = (None, None, None);
     }
     (without_absent_scores(problem), operands)
 }
@@ -141,6 +141,9 @@ pub(crate) fn numbers(problem: &Problem, layout: &Layout) -> NumbersLaunch {
         layout.lengths,
         layout.slope_partials,
         layout.bias_partials,
+        layout.parameters,
+        problem.score.map_or(0, |score| score.parameters as u32),
+        layout.parameter_partials,
         layout.plan,
         layout.mask,
         step(mask[0], mask[1] * mask[2] * row_words),

@@ -30,6 +30,10 @@ pub(crate) struct Layout {
     pub slope_partials: usize,
     /// Partial sums of the bias's gradient, each in the bias's own shape.
     pub bias_partials: usize,
+    /// Parameters of the user's score function `[n]`.
+    pub parameters: usize,
+    /// Partial sums of their gradient.
+    pub parameter_partials: usize,
     /// The block plan in [`flat`](crate::block_plan::flat) form.
     pub plan: usize,
     /// The mask in its own shape, each row of keys padded to whole words; 1 is visible.
@@ -45,6 +49,8 @@ pub(crate) struct Partials {
     pub slopes: usize,
     /// Of the bias's gradient.
     pub bias: usize,
+    /// Of the gradient of the parameters of the user's score function.
+    pub parameters: usize,
 }
 
 impl Layout {
@@ -63,9 +69,25 @@ impl Layout {
         let lengths = section(problem.key_lengths, problem.batch);
         let slope_partials = section(true, backward.map_or(0, |partials| partials.slopes));
         let bias_partials = section(true, backward.map_or(0, |partials| partials.bias));
+        let parameters = section(true, problem.score.map_or(0, |score| score.parameters));
+        let parameter_partials = section(true, backward.map_or(0, |partials| partials.parameters));
         let plan = section(true, problem.plan.map_or(0, |plan| plan.words));
         let mask = section(true, problem.mask.map_or(0, |[b, h, q, k]| b * h * q * k.div_ceil(32)));
-        Layout { lse, delta, norm, slopes, sinks, lengths, slope_partials, bias_partials, plan, mask, ..layout }
+        Layout {
+            lse,
+            delta,
+            norm,
+            slopes,
+            sinks,
+            lengths,
+            slope_partials,
+            bias_partials,
+            parameters,
+            parameter_partials,
+            plan,
+            mask,
+            ..layout
+        }
     }
 
     /// Bytes of all sections.
@@ -88,6 +110,7 @@ pub(crate) fn build(
         (problem.alibi.then_some(operands.alibi_slopes.as_ref()).flatten(), layout.slopes),
         (problem.learned_sinks.then_some(operands.learned_sinks.as_ref()).flatten(), layout.sinks),
         (problem.key_lengths.then_some(operands.key_lengths.as_ref()).flatten(), layout.lengths),
+        (problem.score.and(operands.score_parameters.as_ref()), layout.parameters),
         (problem.plan.and(plan), layout.plan),
     ] {
         let Some(source) = source.filter(|source| source.elements() > 0) else { continue };

@@ -148,19 +148,14 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
                     let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
                     barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
-                    let masked = !cursor.step.full;
-                    if masked {
-                        weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, true, cfg);
-                    } else {
-                        weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, false, cfg);
-                    }
+                    weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, true, cfg);
                     let mut p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
                     cursor.t += 1;
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     while cursor.t < walk.steps {
                         // The whole step twice: a branch around the hiding alone would end the block in which the compiler
                         // lays the softmax over the product in flight.
-                        if cursor.step.full {
+                        if comptime!(cfg.plain) && cursor.step.full {
                             next_tile::<E, NS, NO, NP>(
                                 &mut out, &mut p, &mut rows, &mut ring, cursor.step, &gates, tiles, place, at, scratch, bias, n,
                                 factor, group, leader, with_bias, false, ty.clone(), cfg,
@@ -386,7 +381,7 @@ fn weigh<E: Float, N: Size>(
     if comptime!(!cfg.plain) {
         shape_scores::<E, N>(s, place, step, at, bias, n, with_bias, cfg.bk);
     }
-    if masked {
+    if masked && !step.full {
         hide::<N>(s, place, step, at, scratch, n, cfg.plain, cfg.bk);
     }
     softmax_tile::<N>(s, rows, factor, cfg.plain, cfg.bk);

@@ -5,8 +5,11 @@
 use cubecl::prelude::*;
 
 use super::ptx::{Accumulator, exp2, pack, value_of};
-use crate::family::element::{Head, Numbers, after_dropout, position, row_hash, score, sees};
+use crate::block_plan::flat::bit_word;
+use crate::dropout::dropout_keeps;
+use crate::family::element::{Head, Numbers, position, row_hash};
 use crate::family::walk::Step;
+use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 use crate::softmax::softmax_init_sink;
 
 /// Growth of the maximum, in powers of 2, up to which what was accumulated is not rescaled (FlashAttention-4's conditional
@@ -61,35 +64,70 @@ pub(crate) fn hide<N: Size>(
     #[comptime] plain: bool,
     #[comptime] bk: usize,
 ) {
-    if plain {
+    #[unroll]
+    for r in 0..2usize {
+        let a = position(place.i + comptime!(8 * r as u32), n);
+        // As `band_allows`, with the bounds of a row taken once. Rows past the end hide nothing: they are not stored.
+        let from = step.j0 as i32 + place.column as i32;
+        let first = max(a - n.left, 0i32) - from;
+        let last = min(a + min(n.right, n.ahead), at.keys - 1) - from;
+        let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - from;
         #[unroll]
-        for r in 0..2usize {
-            let a = position(place.i + comptime!(8 * r as u32), n);
-            // As `band_allows`, with the bounds of a row taken once. Nothing at all for rows past the end: they are not stored.
-            let first = max(a - n.left, 0i32) - step.j0 as i32 - place.column as i32;
-            let last = min(a + min(n.right, n.ahead), at.keys - 1) - step.j0 as i32 - place.column as i32;
-            let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - step.j0 as i32 - place.column as i32;
-            #[unroll]
-            for x in 0..comptime!(bk / 4) {
-                let column = comptime!((8 * (x / 2) + x % 2) as i32);
-                let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
-                let seen = (column >= first && column <= last) || column < sinks;
-                s.insert(e, select(seen, s.extract(e), n.minus_infinity));
-            }
+        for x in 0..comptime!(bk / 4) {
+            let column = comptime!((8 * (x / 2) + x % 2) as i32);
+            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
+            let seen = (column >= first && column <= last) || column < sinks;
+            s.insert(e, select(seen, s.extract(e), n.minus_infinity));
         }
-    } else {
+    }
+    if comptime!(!plain) {
+        if n.mask_at != 0 || step.bits != 0 {
+            hide_bits::<N>(s, place, step, at, scratch, n, bk);
+        }
+    }
+}
+
+/// What a dense mask and the bits of a plan hide, a word of 32 keys at a time.
+#[cube]
+fn hide_bits<N: Size>(
+    s: &mut Accumulator<N>,
+    place: Place,
+    step: Step,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] bk: usize,
+) {
+    #[unroll]
+    for r in 0..2usize {
+        // What lies past the ends has no word; keys are hidden by then, rows are not stored.
+        let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
         #[unroll]
-        for e in 0..comptime!(bk / 2) {
-            let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
-            let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
-            if !sees(i, j, step, at, scratch, n) {
-                s.insert(e, n.minus_infinity);
+        for word in 0..comptime!(bk / 32) {
+            let j0 = step.j0 + comptime!(32 * word as u32);
+            let mut seen = 0xFFFF_FFFFu32.runtime();
+            if n.mask_at != 0 && j0 < n.seq_kv {
+                let bit = j0 * n.mask_key;
+                let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+                // A mask that is broadcast along the keys has one bit for all.
+                seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
+            }
+            if step.bits != 0 {
+                let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
+                seen &= scratch[step.bits + at as usize];
+            }
+            #[unroll]
+            for x in 0..8usize {
+                let e = comptime!(16 * word + 4 * (x / 2) + 2 * r + x % 2);
+                let bit = place.column + comptime!((8 * (x / 2) + x % 2) as u32);
+                s.insert(e, select((seen >> bit) & 1u32 == 1u32, s.extract(e), n.minus_infinity));
             }
         }
     }
 }
 
-/// Products become scores: scale, softcap, ALiBi and bias.
+/// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
+/// but with one branch an option and not one an element: the compiler takes minutes over the latter.
 #[cube]
 pub(crate) fn shape_scores<E: Float, N: Size>(
     s: &mut Accumulator<N>,
@@ -103,11 +141,43 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
 ) {
     #[unroll]
     for e in 0..comptime!(bk / 2) {
-        let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
-        let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
-        // A bias has no element for what lies past the ends.
-        let (i, j) = (min(i, n.seq_q - 1), min(j, n.seq_kv - 1));
-        s.insert(e, score::<E>(s.extract(e), i, j, at, bias, n, with_bias));
+        s.insert(e, s.extract(e) * n.scale);
+    }
+    if n.softcap > 0.0f32 {
+        #[unroll]
+        for e in 0..comptime!(bk / 2) {
+            s.insert(e, Softcap::value(s.extract(e), element_position(place, step, at, n, e), n.softcap));
+        }
+    }
+    if n.slopes_at != 0 {
+        #[unroll]
+        for e in 0..comptime!(bk / 2) {
+            s.insert(e, Alibi::value(s.extract(e), element_position(place, step, at, n, e), at.slope));
+        }
+    }
+    if with_bias {
+        let bias = bias.unwrap();
+        let (rows, columns) = (bias.stride(2), bias.stride(3));
+        #[unroll]
+        for e in 0..comptime!(bk / 2) {
+            let here = element_position(place, step, at, n, e);
+            // A bias has no element for what lies past the ends.
+            let i = min(place.i + comptime!(8 * ((e / 2) % 2) as u32), n.seq_q - 1);
+            let j = min(here.j as u32, n.seq_kv - 1);
+            let b = bias[at.bias_at + i as usize * rows + j as usize * columns];
+            s.insert(e, Bias::value(s.extract(e), here, f32::cast_from(b)));
+        }
+    }
+}
+
+/// Where element `e` of a thread's scores stands.
+#[cube]
+fn element_position(place: Place, step: Step, at: Head, n: Numbers, #[comptime] e: usize) -> Position {
+    Position {
+        batch: at.batch,
+        head: at.head,
+        a: position(place.i + comptime!(8 * ((e / 2) % 2) as u32), n),
+        j: (step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32)) as i32,
     }
 }
 
@@ -205,13 +275,28 @@ pub(crate) fn drop_weights<N: Size>(
     n: Numbers,
     #[comptime] bk: usize,
 ) {
+    if n.threshold != 0 {
+        drop_elements::<N>(s, place, step, at, n, bk);
+    }
+}
+
+#[cube]
+fn drop_elements<N: Size>(
+    s: &mut Accumulator<N>,
+    place: Place,
+    step: Step,
+    at: Head,
+    n: Numbers,
+    #[comptime] bk: usize,
+) {
     let head = at.batch * n.heads_q + at.head;
     let (hash0, hash1) = (row_hash(head, place.i, n), row_hash(head, place.i + 8, n));
     #[unroll]
     for e in 0..comptime!(bk / 2) {
         let hash = if comptime!((e / 2) % 2 == 0) { hash0 } else { hash1 };
         let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
-        s.insert(e, after_dropout(s.extract(e), hash, j, n));
+        let kept = s.extract(e) * n.factor;
+        s.insert(e, select(dropout_keeps(hash, j, n.threshold), kept, 0.0f32));
     }
 }
 

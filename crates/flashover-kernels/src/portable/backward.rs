@@ -5,13 +5,14 @@
 
 use cubecl::prelude::*;
 
-use super::gradient::{operand_rows, score_gradients, statistics, two_products};
+use super::gradient::{Towards, operand_rows, score_gradients, statistics, two_products};
 use super::tile::{
     LANES, PIECE, TileConfig, V4, chunk_count, head_rows, product_scores, product_values, store_lanes, store_weights,
     unit_place,
 };
 use crate::family::element::{Numbers, head_of};
 use crate::family::walk::{Side, key_step, key_walk, query_step, query_walk, work_of};
+use crate::score::ScoreCode;
 
 /// `dq = Σ_j ds_ij · ∂s/∂(q·k) · k_j`. One cube a query tile and head. With `slopes`, also the tile's share of the ALiBi
 /// slope's gradient, into the scratch buffer.
@@ -28,6 +29,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     #[comptime] with_bias: bool,
     #[comptime] with_dq: bool,
     #[comptime] with_slopes: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] chunks: usize,
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
@@ -55,9 +57,10 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
     let stats = statistics(i0 + ty, tile.row_units, at, &*scratch, n);
 
+    let hides = comptime!(with_bias || function.is_some());
     let walk = key_walk(i0, at, &*scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile.shape());
+        let step = key_step(walk, t, i0, at, &*scratch, n, hides, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
@@ -72,10 +75,11 @@ pub(crate) fn backward_queries_kernel<E: Float>(
                 &*scratch,
                 bias,
                 n,
-                true,
+                Towards::Product,
                 with_slopes,
                 Side::Queries,
                 with_bias,
+                function,
                 tile,
             );
             if with_dq {
@@ -130,6 +134,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     #[comptime] with_bias: bool,
     #[comptime] with_dk: bool,
     #[comptime] with_dv: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] chunks_k: usize,
     #[comptime] chunks_v: usize,
     #[comptime] tile: TileConfig,
@@ -161,6 +166,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         acc_v[x] = V4::new(0.0f32);
     }
 
+    let hides = comptime!(with_bias || function.is_some());
     for g in 0..group {
         let h = kv * group + g;
         let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
@@ -168,7 +174,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
         let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
         let walk = query_walk(j0, at, scratch, n, tile.shape());
         for t in 0..walk.steps {
-            let step = query_step(walk, t, j0, at, scratch, n, with_bias, tile.shape());
+            let step = query_step(walk, t, j0, at, scratch, n, hides, tile.shape());
             if !step.empty {
                 let (i0, full) = (step.i0, step.full);
                 let stats = statistics(i0 + tx, tile.col_units, at, scratch, n);
@@ -189,10 +195,11 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                     scratch,
                     bias,
                     n,
-                    true,
+                    Towards::Product,
                     false,
                     Side::Keys,
                     with_bias,
+                    function,
                     tile,
                 );
                 if with_dv {

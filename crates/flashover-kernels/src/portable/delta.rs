@@ -13,7 +13,9 @@ use cubecl::prelude::*;
 use super::gradient::{operand_rows, statistics, two_products};
 use super::tile::{LANES, PIECE, TileConfig, V4, share_sum, unit_place};
 use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, score, sees};
+use crate::family::score_function::with_function;
 use crate::family::walk::{Side, key_step, key_walk, work_of};
+use crate::score::ScoreCode;
 
 /// Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`, and writes `norm`. One cube a query tile and
 /// head.
@@ -27,6 +29,7 @@ pub(crate) fn delta_kernel<E: Float>(
     scratch: &mut [u32],
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -55,9 +58,10 @@ pub(crate) fn delta_kernel<E: Float>(
         sums[r] = 0.0f32;
     }
 
+    let hides = comptime!(with_bias || function.is_some());
     let walk = key_walk(i0, at, &*scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, &*scratch, n, with_bias, tile.shape());
+        let step = key_step(walk, t, i0, at, &*scratch, n, hides, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             two_products::<E>(q, k, v, d_o, rows, i0, j0, &mut s, &mut dp, &mut stage, tile);
@@ -69,6 +73,7 @@ pub(crate) fn delta_kernel<E: Float>(
                 let dead = is_minus_infinity(stats.lse[r]);
                 if full || (!dead && sees(i, j, step, at, &*scratch, n)) {
                     let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
+                    let value = with_function(value, i, j, at, &*scratch, n, function);
                     if full || !is_minus_infinity(value) {
                         let weight = select(dead, 0.0f32, (value - stats.lse[r]).exp());
                         masses[r] += weight;

@@ -10,7 +10,9 @@ use super::tile::{
     share_maximum, share_sum, store_lanes, store_weights, unit_place,
 };
 use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash, score, sees};
+use crate::family::score_function::with_function;
 use crate::family::walk::{Side, key_step, key_walk, work_of};
+use crate::score::ScoreCode;
 use crate::softmax::{softmax_init, softmax_init_sink, softmax_rescale};
 
 /// One cube a query tile and head, the longest tiles first.
@@ -26,6 +28,7 @@ pub(crate) fn forward_kernel<E: Float>(
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] chunks: usize,
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
@@ -68,9 +71,11 @@ pub(crate) fn forward_kernel<E: Float>(
         hash[r] = row_hash(head, i0 + ty + comptime!((r * tile.row_units) as u32), n);
     }
 
+    // A user's function may hide by −∞, as a bias may.
+    let hides = comptime!(with_bias || function.is_some());
     let walk = key_walk(i0, at, scratch, n, tile.shape());
     for t in 0..walk.steps {
-        let step = key_step(walk, t, i0, at, scratch, n, with_bias, tile.shape());
+        let step = key_step(walk, t, i0, at, scratch, n, hides, tile.shape());
         if !step.empty {
             let (j0, full) = (step.j0, step.full);
             product_scores::<E>(q, q_rows, i0, k, k_rows, j0, &mut piece, &mut stage, tile);
@@ -87,6 +92,7 @@ pub(crate) fn forward_kernel<E: Float>(
                 let mut s = HIDDEN.runtime();
                 if full || sees(i, j, step, at, scratch, n) {
                     let x = score::<E>(piece[e], i, j, at, bias, n, with_bias);
+                    let x = with_function(x, i, j, at, scratch, n, function);
                     // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
                     if full || !is_minus_infinity(x) {
                         s = x;

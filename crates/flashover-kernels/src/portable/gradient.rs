@@ -3,7 +3,7 @@
 //! ```text
 //! p  = exp(s − lse) · norm           norm: what the rounding of lse took, see `delta`
 //! dp = mult ∘ (do · vᵀ)              mult: dropout, the same as in the forward
-//! ds = p ∘ (dp − delta)              FlashAttention-2, Algorithm 2, lines 11 to 14
+//! ds = p ∘ (dp − delta)              FlashAttention-2, Algorithm 2, lines 11 to 14; of the last score function's value
 //! ```
 
 use cubecl::prelude::*;
@@ -12,8 +12,20 @@ use super::tile::{HIDDEN, LANES, PIECE, Rows, TileConfig, V4, head_rows, product
 use crate::family::element::{
     Head, Numbers, after_dropout, is_minus_infinity, position, row_hash, score, score_derivative, sees,
 };
+use crate::family::score_function::{function_derivative, function_parameter_derivative, with_function};
 use crate::family::walk::{Side, Step};
-use crate::score::{Alibi, Position, ScoreFunction};
+use crate::score::{Alibi, Position, ScoreCode, ScoreFunction};
+
+/// What the gradient of a score is taken on to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Towards {
+    /// The product `q·k`.
+    Product,
+    /// The bias, and what else is added to a score.
+    Bias,
+    /// The parameter that a user's function read for it.
+    Parameter,
+}
 
 /// What the forward left of this unit's four queries.
 #[derive(CubeType)]
@@ -101,8 +113,8 @@ pub(crate) fn two_products<E: Float>(
     product_scores::<E>(d_o, rows.d_o, i0, v, rows.v, j0, dp, stage, tile);
 }
 
-/// Turns products into probabilities and gradients, in place: `s` from `q·k` to `p · mult`, `dp` from `do·v` to `ds`, or
-/// to the gradient of the product `q·k` if `of_product`. Hidden elements become [`HIDDEN`] in both.
+/// Turns products into probabilities and gradients, in place: `s` from `q·k` to `p · mult`, `dp` from `do·v` to the gradient
+/// that is asked for. Hidden elements become [`HIDDEN`] in both.
 ///
 /// `i` and `j` are this unit's first query and key. Returns the unit's share of the slope's gradient, 0
 /// unless `with_slopes`.
@@ -118,10 +130,11 @@ pub(crate) fn score_gradients<E: Float>(
     scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
-    #[comptime] of_product: bool,
+    #[comptime] towards: Towards,
     #[comptime] with_slopes: bool,
     #[comptime] side: Side,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] tile: TileConfig,
 ) -> f32 {
     let mut slope = 0.0f32;
@@ -139,18 +152,27 @@ pub(crate) fn score_gradients<E: Float>(
         let lse = stats.lse[x];
         let dead = is_minus_infinity(lse);
         if full || (!dead && sees(i, j, step, at, scratch, n)) {
-            let value = score::<E>(s[e], i, j, at, bias, n, with_bias);
+            let before = score::<E>(s[e], i, j, at, bias, n, with_bias);
+            let value = with_function(before, i, j, at, scratch, n, function);
             // A score of −∞ is as good as hidden; in full tiles its weight 0 will do.
             if full || !is_minus_infinity(value) {
                 let weight = select(dead, 0.0f32, (value - lse).exp() * stats.norm[x]);
-                let d = weight * (after_dropout(dp[e], stats.hash[x], j, n) - stats.delta[x]);
+                let mut d = weight * (after_dropout(dp[e], stats.hash[x], j, n) - stats.delta[x]);
+                if comptime!(function.is_some()) {
+                    let code = comptime!(function.unwrap());
+                    if comptime!(towards == Towards::Parameter) {
+                        d *= function_parameter_derivative(before, i, j, at, scratch, n, code);
+                    } else {
+                        d *= function_derivative(before, i, j, at, scratch, n, code);
+                    }
+                }
                 if with_slopes {
                     let place = Position { batch: at.batch, head: at.head, a: position(i, n), j: j as i32 };
-                    slope += d * Alibi::parameter_derivative(value, place, at.slope);
+                    slope += d * Alibi::parameter_derivative(before, place, at.slope);
                 }
                 p = after_dropout(weight, stats.hash[x], j, n);
                 ds = d;
-                if of_product {
+                if comptime!(towards == Towards::Product) {
                     ds = d * score_derivative(s[e], i, j, at, n);
                 }
             }

@@ -8,6 +8,7 @@ use super::delta::delta_kernel;
 use super::forward::forward_kernel;
 use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum_kernel, head_sums_kernel};
 use super::reductions::Reductions;
+use super::score_parameters::{parameter_gradient_kernel, parameter_sum_kernel};
 use super::tile::TileConfig;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
@@ -19,6 +20,7 @@ use crate::family::scratch::{self, Layout, row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::Problem;
+use crate::score::{ScoreCode, ScoreUse};
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
 /// both contiguous. Nothing is written for an `lse` that was not asked for. `plan` is that of the problem, in
@@ -65,6 +67,7 @@ pub fn forward(
             numbers(&problem, &layout),
             problem.bias.is_some(),
             with_lse,
+            function(&problem),
             tile.chunks(problem.value_dim),
             tile,
             elem,
@@ -101,8 +104,10 @@ pub fn backward(
     gradients.bias = operands.bias.as_ref().filter(|_| wanted.bias).map(new);
     gradients.alibi_slopes = operands.alibi_slopes.as_ref().filter(|_| wanted.alibi_slopes).map(new);
     gradients.learned_sinks = operands.learned_sinks.as_ref().filter(|_| wanted.learned_sinks).map(new);
-    let Gradients { q, k, v, bias, alibi_slopes, .. } = &gradients;
-    let of_scores = scores > 0 && [q, k, v, bias, alibi_slopes].iter().any(|gradient| gradient.is_some());
+    gradients.score_parameters = operands.score_parameters.as_ref().filter(|_| wanted.score_parameters).map(new);
+    let Gradients { q, k, v, bias, alibi_slopes, score_parameters, .. } = &gradients;
+    let of_scores =
+        scores > 0 && [q, k, v, bias, alibi_slopes, score_parameters].iter().any(|gradient| gradient.is_some());
     if rows == 0 || !(of_scores || gradients.learned_sinks.is_some()) {
         return Ok(gradients);
     }
@@ -142,11 +147,19 @@ pub fn backward(
         if let (Some(bias), Some(dbias)) = (&operands.bias, &gradients.bias) {
             call.bias(bias, dbias);
         }
+        if let (Some(score), Some(gradient)) = (problem.score, &gradients.score_parameters) {
+            call.score_parameters(score, gradient);
+        }
     }
     if let Some(sinks) = &gradients.learned_sinks {
         call.head_sums(sinks, problem.seq_q, HeadSum::Sinks);
     }
     Ok(gradients)
+}
+
+/// The user's score function, which kernels are compiled with.
+fn function(problem: &Problem) -> Option<ScoreCode> {
+    problem.score.map(|score| score.code)
 }
 
 /// Bytes of the scratch buffer of a forward, or of a backward and its partial sums.
@@ -218,6 +231,7 @@ impl Backward<'_> {
                 self.scratch.buffer(),
                 self.numbers(),
                 bias.is_some(),
+                function(self.problem),
                 tile,
                 q.elem,
             );
@@ -249,6 +263,7 @@ impl Backward<'_> {
                 self.problem.bias.is_some(),
                 dq.is_some(),
                 with_slopes,
+                function(self.problem),
                 tile.chunks(head_dim),
                 tile,
                 q.elem,
@@ -284,6 +299,7 @@ impl Backward<'_> {
                 self.problem.bias.is_some(),
                 dk.is_some(),
                 dv.is_some(),
+                function(self.problem),
                 // An array of no elements cannot be declared.
                 if dk.is_some() { tile.chunks(head_dim) } else { 1 },
                 if dv.is_some() { tile.chunks(value_dim) } else { 1 },
@@ -325,6 +341,7 @@ impl Backward<'_> {
                 direct.is_some(),
                 queries == 1,
                 keys == 1,
+                function(self.problem),
                 tile,
                 q.elem,
             );
@@ -347,6 +364,54 @@ impl Backward<'_> {
                     dbias.elem,
                 );
             }
+        }
+    }
+
+    fn score_parameters(&self, score: ScoreUse, gradient: &DeviceTensor) {
+        let Operands { q, k, v, bias, .. } = self.operands;
+        let (tile, parts) = (self.tile, self.reductions.parameter_parts);
+        let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias);
+        let (bindings, address) = binding_facts(bound);
+        // Its weights go nowhere: there is no second product.
+        tile.note(&self.launcher, "backward_parameters", bindings);
+        // SAFETY: rows, keys and elements are tested against the checked shapes; a parameter's index is tested, and the
+        // section holds sums of all parameters for every unit of every part.
+        unsafe {
+            parameter_gradient_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(parts),
+                tile.dim(),
+                address,
+                q.arg(),
+                k.arg(),
+                v.arg(),
+                self.outputs.do_.arg(),
+                bias.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                parts as u32,
+                self.numbers(),
+                bias.is_some(),
+                score.code,
+                tile,
+                q.elem,
+            );
+        }
+        let (bindings, address) = binding_facts([&self.scratch, gradient].into_iter());
+        self.launcher.note_small("parameter_sum", bindings, SUM_UNITS * size_of::<f32>());
+        // SAFETY: parameters are tested, and the section is as above.
+        unsafe {
+            parameter_sum_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(score.parameters),
+                CubeDim::new_1d(SUM_UNITS as u32),
+                address,
+                self.scratch.buffer(),
+                gradient.buffer(),
+                parts as u32,
+                self.numbers(),
+                tile.units(),
+                SUM_UNITS,
+            );
         }
     }
 

@@ -18,6 +18,7 @@ mod iterations;
 mod launch;
 mod parameters;
 mod reductions;
+mod score_parameters;
 mod tile;
 
 pub use checks::check_limits;

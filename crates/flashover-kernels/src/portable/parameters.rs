@@ -3,10 +3,11 @@
 
 use cubecl::prelude::*;
 
-use super::gradient::{operand_rows, score_gradients, statistics, two_products};
+use super::gradient::{Towards, operand_rows, score_gradients, statistics, two_products};
 use super::tile::{PIECE, TileConfig, V4, is_hidden, store_weights, unit_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity};
 use crate::family::walk::{Side, single_step};
+use crate::score::ScoreCode;
 
 /// The bias's own shape; a size of 1 is broadcast, as is every dimension of that size.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -36,6 +37,7 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
     #[comptime] direct: bool,
     #[comptime] across_queries: bool,
     #[comptime] across_keys: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] tile: TileConfig,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -98,10 +100,11 @@ pub(crate) fn bias_gradient_kernel<E: Float>(
                     &*scratch,
                     biases,
                     n,
-                    false,
+                    Towards::Bias,
                     false,
                     Side::Queries,
                     true,
+                    function,
                     tile,
                 );
                 #[unroll(tile.unroll)]

@@ -9,6 +9,9 @@ use crate::problem::Problem;
 /// the largest devices.
 const CUBES: usize = 512;
 
+/// Words that the sums of a score function's parameters may take, while one part is more than there is room for: 32 MiB.
+const PARAMETER_WORDS: usize = 1 << 23;
+
 /// How a backward takes its sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reductions {
@@ -16,6 +19,11 @@ pub(crate) struct Reductions {
     pub slope_partials: usize,
     /// Parts that the sum of each element of the bias's gradient is taken in; 0 if it is not wanted.
     pub bias_parts: usize,
+    /// Cubes that take the gradient of the score function's parameters, each unit with sums of its own; 0 if it is not
+    /// wanted.
+    pub parameter_parts: usize,
+    /// Words of all these sums.
+    pub parameter_words: usize,
 }
 
 impl Reductions {
@@ -24,7 +32,15 @@ impl Reductions {
         let query_tiles = seq_q.div_ceil(tile.rows());
         let slopes = wanted.alibi_slopes && problem.alibi;
         let bias = problem.bias.filter(|_| wanted.bias && batch * heads_q * seq_q * seq_kv > 0);
+        let score = problem.score.filter(|_| wanted.score_parameters && batch * heads_q * seq_q * seq_kv > 0);
+        let part = score.map_or(0, |score| score.parameters * tile.units());
+        let parameter_parts = score.map_or(0, |_| {
+            let room = (PARAMETER_WORDS / part).clamp(1, CUBES);
+            room.min(batch * heads_q * query_tiles)
+        });
         Reductions {
+            parameter_parts,
+            parameter_words: parameter_parts * part,
             slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
             bias_parts: bias.map_or(0, |[b, h, queries, keys]| {
                 let tiles = b * h * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
@@ -36,7 +52,11 @@ impl Reductions {
     /// Words of the partial sums; none of the bias's if each element is summed at once.
     pub fn partials(&self, problem: &Problem) -> Partials {
         let elements: usize = problem.bias.map_or(0, |shape| shape.iter().product());
-        Partials { slopes: self.slope_partials, bias: if self.bias_parts > 1 { self.bias_parts * elements } else { 0 } }
+        Partials {
+            slopes: self.slope_partials,
+            bias: if self.bias_parts > 1 { self.bias_parts * elements } else { 0 },
+            parameters: self.parameter_words,
+        }
     }
 }
 

@@ -16,17 +16,18 @@ fn loss(problem: &Problem, inputs: &Inputs) -> f64 {
 type Operand = fn(&mut Inputs) -> Option<&mut Vec<f64>>;
 type Gradient = fn(&Gradients<Vec<f64>>) -> Option<&Vec<f64>>;
 
-const TENSORS: [(&str, Operand, Gradient); 6] = [
+const TENSORS: [(&str, Operand, Gradient); 7] = [
     ("q", |x| Some(&mut x.operands.q), |g| g.q.as_ref()),
     ("k", |x| Some(&mut x.operands.k), |g| g.k.as_ref()),
     ("v", |x| Some(&mut x.operands.v), |g| g.v.as_ref()),
     ("bias", |x| x.operands.bias.as_mut(), |g| g.bias.as_ref()),
     ("slopes", |x| x.operands.alibi_slopes.as_mut(), |g| g.alibi_slopes.as_ref()),
     ("sinks", |x| x.operands.learned_sinks.as_mut(), |g| g.learned_sinks.as_ref()),
+    ("parameters", |x| x.operands.score_parameters.as_mut(), |g| g.score_parameters.as_ref()),
 ];
 
 /// Central differences of every element of every operand; the number of elements whose gradient is not 0, per tensor.
-fn compare_with_differences(name: &str, problem: &Problem, inputs: &Inputs) -> [usize; 6] {
+fn compare_with_differences(name: &str, problem: &Problem, inputs: &Inputs) -> [usize; 7] {
     const STEP: f64 = 1e-5;
     let gradients = backward(problem, inputs);
     TENSORS.map(|(tensor, operand, gradient)| {
@@ -57,7 +58,7 @@ fn compare_with_differences(name: &str, problem: &Problem, inputs: &Inputs) -> [
 
 #[test]
 fn gradients_are_those_of_finite_differences() {
-    let (mut nonzero, mut dead, mut rows) = ([0; 6], 0, 0);
+    let (mut nonzero, mut dead, mut rows) = ([0; 7], 0, 0);
     for (seed, (name, problem)) in small::problems(Element::F64).iter().enumerate() {
         let inputs = Inputs::random(problem, seed as u64);
         for (total, count) in nonzero.iter_mut().zip(compare_with_differences(name, problem, &inputs)) {

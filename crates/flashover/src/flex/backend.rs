@@ -75,6 +75,7 @@ struct Stored {
     mask: Option<FlexTensor>,
     alibi_slopes: Option<FlexTensor>,
     learned_sinks: Option<FlexTensor>,
+    score_parameters: Option<FlexTensor>,
     key_lengths: Option<FlexTensor>,
     blocks: Option<SparsePlan>,
 }
@@ -88,7 +89,7 @@ struct SavedTensors {
 
 impl Stored {
     fn new(q: FlexTensor, k: FlexTensor, v: FlexTensor, extras: Extras<Flex>, blocks: Option<SparsePlan>) -> Self {
-        let Extras { bias, mask, alibi_slopes, learned_sinks, key_lengths } = extras;
+        let Extras { bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } = extras;
         Stored {
             q,
             k,
@@ -97,6 +98,7 @@ impl Stored {
             mask: mask.into_option(),
             alibi_slopes: alibi_slopes.into_option().map(contiguous),
             learned_sinks: learned_sinks.into_option().map(contiguous),
+            score_parameters: score_parameters.into_option().map(contiguous),
             key_lengths: key_lengths.into_option().map(contiguous),
             blocks,
         }
@@ -114,6 +116,7 @@ impl Stored {
             mask: self.mask.as_ref().map(mask_view),
             alibi_slopes: self.alibi_slopes.as_ref().map(elements),
             learned_sinks: self.learned_sinks.as_ref().map(elements),
+            score_parameters: self.score_parameters.as_ref().map(elements),
             key_lengths: self.key_lengths.as_ref().map(elements),
             plan: self.blocks.as_ref().map(SparsePlan::block_plan),
         }
@@ -163,6 +166,7 @@ where
         bias: maybe(gradients.bias, p.bias.unwrap_or_default()),
         alibi_slopes: maybe(gradients.alibi_slopes, [p.heads_q]),
         learned_sinks: maybe(gradients.learned_sinks, [p.heads_q]),
+        score_parameters: maybe(gradients.score_parameters, [p.score.map_or(0, |score| score.parameters)]),
     }
 }
 

@@ -17,7 +17,7 @@ use super::forward::statistics;
 use super::real::{Float, Real};
 use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
 use super::view::View;
-use super::{Inputs, bias_gradient, delta, parallel, simd_name};
+use super::{Inputs, bias_gradient, delta, parallel, score_gradient, simd_name};
 
 /// Queries of a task that computes dq alone, without a plan.
 const QUERIES: usize = 4 * BQ;
@@ -37,6 +37,8 @@ pub struct Gradients<T: Float> {
     pub alibi_slopes: Option<Vec<T::Compute>>,
     /// Gradient of the learned sinks.
     pub learned_sinks: Option<Vec<T::Compute>>,
+    /// Gradient of the parameters of the user's score function.
+    pub score_parameters: Option<Vec<f32>>,
 }
 
 /// Gradients of attention, from what [`forward`](super::forward) gave and the gradients of it: `do_` of `o` and
@@ -60,6 +62,7 @@ pub fn backward<T: Float>(
     assert!(!wanted.bias || inputs.bias.is_some(), "gradient of a bias that is not there");
     assert!(!wanted.alibi_slopes || inputs.alibi_slopes.is_some(), "gradient of ALiBi slopes that are not there");
     assert!(!wanted.learned_sinks || inputs.learned_sinks.is_some(), "gradient of sinks that are not there");
+    assert!(!wanted.score_parameters || inputs.score_parameters.is_some(), "gradient of parameters that are not there");
 
     let zeros = |wanted: bool, shape: [usize; 4]| wanted.then(|| vec![T::default(); shape.iter().product()]);
     let mut gradients = Gradients {
@@ -69,6 +72,7 @@ pub fn backward<T: Float>(
         bias: zeros(wanted.bias, problem.bias.unwrap_or_default()),
         alibi_slopes: wanted.alibi_slopes.then(|| vec![T::Compute::default(); problem.heads_q]),
         learned_sinks: wanted.learned_sinks.then(|| vec![T::Compute::default(); problem.heads_q]),
+        score_parameters: wanted.score_parameters.then(|| vec![0.0; problem.score.map_or(0, |score| score.parameters)]),
     };
     launch_log::note(|| launch::<T>(problem, wanted));
     if problem.is_empty() {
@@ -89,6 +93,9 @@ pub fn backward<T: Float>(
     }
     if problem.seq_kv > 0 {
         run(&context, &saved, &mut gradients, plan(problem, wanted));
+        if let Some(parameters) = &mut gradients.score_parameters {
+            score_gradient::compute(&context, &saved, parameters);
+        }
     }
     gradients
 }
@@ -131,13 +138,14 @@ fn plan(problem: &Problem, wanted: Wanted) -> Plan {
 pub(super) fn launch<T: Float>(problem: &Problem, wanted: Wanted) -> Launch {
     let rows = problem.batch * problem.heads_q * problem.seq_q;
     let tiles = rayon::current_num_threads() * Scratch::<T::Compute>::new(problem).bytes();
+    let sums = if wanted.score_parameters { score_gradient::sum_bytes(problem) } else { 0 };
     Launch {
         kernel: "flex_backward",
         config: format!("plan={:?} bq={BQ} bk={BK} simd={}", plan(problem, wanted), simd_name()),
         bindings: 0,
         shared_bytes: 0,
         units: 0,
-        scratch_bytes: tiles + 3 * rows * size_of::<T::Compute>(),
+        scratch_bytes: tiles + 3 * rows * size_of::<T::Compute>() + sums,
     }
 }
 

@@ -13,7 +13,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::context::{Context, Tile};
 use super::parallel;
 use super::real::{Float, Real};
-use super::sweep::{BK, BQ, KeyScratch, KeyTile, Saved, TileScratch, gradient_tile};
+use super::sweep::{BK, BQ, KeyScratch, KeyTile, RowGradients, Saved, TileScratch, gradient_tile};
 
 /// Fills `gradient`, which has the shape of the bias and holds zeros.
 pub(super) fn compute<T: Float>(context: &Context<'_, T>, saved: &Saved<'_, T>, gradient: &mut [T]) {
@@ -112,7 +112,8 @@ impl<T: Float> WithSimd for Run<'_, '_, T> {
                     let kv = (b, h / context.problem.group());
                     let keys = KeyTile::load(context, key_scratch, kv, (j0, tile.keys), true);
                     for &(tile, kind) in walk.iter() {
-                        let add = |i: usize, _: &[T::Compute], ds: &[T::Compute]| {
+                        let add = |i: usize, _: &[T::Compute], row: RowGradients<'_, T::Compute>| {
+                            let ds = row.score;
                             let r = if rows > 1 { i - queries.start } else { 0 };
                             let sums = &mut sums[r * BK..][..ds.len()];
                             sums.iter_mut().zip(ds).for_each(|(sum, ds)| *sum += ds.to_f64());

@@ -7,6 +7,7 @@ use flashover_kernels::block_plan::{BlockPlan, flat};
 use flashover_kernels::dropout::{Dropout, dropout_row};
 use flashover_kernels::mask::{Band, TileKind};
 use flashover_kernels::problem::Problem;
+use flashover_kernels::score::{Along, Derivatives, Position, Row, ScoreCode};
 use pulp::Simd;
 
 use super::Inputs;
@@ -40,6 +41,8 @@ pub(super) struct Context<'a, T: Float> {
     pub slopes: Option<&'a [T::Compute]>,
     pub sinks: Option<&'a [T::Compute]>,
     pub scale: T::Compute,
+    /// The user's score function and its parameters.
+    pub function: Option<(ScoreCode, &'a [f32])>,
     mask: Option<View<'a, u8>>,
     key_lengths: Option<&'a [i32]>,
     plan: Option<&'a BlockPlan>,
@@ -58,6 +61,8 @@ impl<'a, T: Float> Context<'a, T> {
         assert_eq!(inputs.mask.map(|x| x.shape()), p.mask, "shape of the mask");
         assert_eq!(inputs.alibi_slopes.map(<[_]>::len), p.alibi.then_some(p.heads_q), "number of ALiBi slopes");
         assert_eq!(inputs.learned_sinks.map(<[_]>::len), p.learned_sinks.then_some(p.heads_q), "number of sinks");
+        let parameters = p.score.map(|score| score.parameters);
+        assert_eq!(inputs.score_parameters.map(<[_]>::len), parameters, "number of the score function's parameters");
         assert_eq!(inputs.key_lengths.map(<[_]>::len), p.key_lengths.then_some(p.batch), "number of key lengths");
         assert_eq!(inputs.plan.map(BlockPlan::tile), p.plan.map(|plan| plan.tile), "tiles of the plan");
         Context {
@@ -69,6 +74,7 @@ impl<'a, T: Float> Context<'a, T> {
             slopes: inputs.alibi_slopes,
             sinks: inputs.learned_sinks,
             scale: T::Compute::from_f64(p.scale),
+            function: p.score.map(|score| score.code).zip(inputs.score_parameters),
             mask: inputs.mask.map(|x| x.broadcast(p.score_shape())),
             key_lengths: inputs.key_lengths,
             plan: inputs.plan,
@@ -89,7 +95,8 @@ impl<'a, T: Float> Context<'a, T> {
 
     /// Whether scores are anything else than `scale · q·k`.
     pub fn has_score_functions(&self) -> bool {
-        self.problem.softcap.is_some() || self.slopes.is_some() || self.bias.is_some()
+        let added = self.slopes.is_some() || self.bias.is_some();
+        self.problem.softcap.is_some() || added || self.function.is_some()
     }
 
     /// A query's position on the key axis.
@@ -251,6 +258,20 @@ impl<'a, T: Float> Context<'a, T> {
                 }
             }
         }
+        if let Some((code, parameters)) = self.function {
+            let mut row = [0.0; super::forward::BQ];
+            let row = &mut row[..tile.rows];
+            for (j, s) in s.chunks_exact_mut(columns).take(tile.keys).enumerate() {
+                row.iter_mut().zip(&*s).for_each(|(x, s)| *x = s.to_f64() as f32);
+                let first = self.place(tile, tile.i0, tile.j0 + j);
+                code.values(row, Row { first, along: Along::Queries }, parameters);
+                s.iter_mut().zip(&*row).for_each(|(s, &x)| *s = T::Compute::from_f64(x.into()));
+            }
+        }
+    }
+
+    fn place(&self, tile: &Tile, i: usize, j: usize) -> Position {
+        Position { batch: tile.b as u32, head: tile.h as u32, a: self.position(i), j: j as i32 }
     }
 
     /// `−∞` wherever a query does not see a key, in a tile that lies keys down, queries across.
@@ -288,8 +309,8 @@ impl<'a, T: Float> Context<'a, T> {
         }
     }
 
-    /// Score functions over row `i` of a tile, and the derivative of the softcap at each score (untouched without
-    /// one).
+    /// Score functions but for the user's over row `i` of a tile, and the derivative of the softcap at each score (untouched
+    /// without one).
     #[inline(always)]
     pub fn score_row<S: Simd>(&self, s: &mut [T::Compute], slope_of_cap: &mut [T::Compute], tile: &Tile, i: usize) {
         if let Some(cap) = self.problem.softcap {
@@ -309,6 +330,39 @@ impl<'a, T: Float> Context<'a, T> {
             widen_row(&bias, [tile.b, tile.h, i, tile.j0], &mut row[..s.len()]);
             s.iter_mut().zip(row).for_each(|(s, bias)| *s += bias);
         }
+    }
+
+    /// The user's score function over row `i` of a tile, after [`score_row`](Self::score_row); its derivatives for the score
+    /// and for the parameter at each of them, 0 where the key is hidden.
+    #[inline(always)]
+    pub fn function_row(
+        &self,
+        s: &mut [T::Compute],
+        for_score: &mut [T::Compute],
+        for_parameter: &mut [T::Compute],
+        (tile, kind): (&Tile, TileKind),
+        i: usize,
+    ) {
+        let Some((code, parameters)) = self.function else { return };
+        let mut rows = [[0.0; MAX_KEYS]; 3];
+        let [values, scores, own] = rows.each_mut().map(|row| &mut row[..tile.keys]);
+        values.iter_mut().zip(&*s).for_each(|(x, s)| *x = s.to_f64() as f32);
+        let row = Row { first: self.place(tile, i, tile.j0), along: Along::Keys };
+        code.derivatives(values, Derivatives { score: &mut *scores, parameter: &mut *own }, row, parameters);
+        for (to, from) in [(s, &*values), (&mut *for_score, &*scores), (&mut *for_parameter, &*own)] {
+            to.iter_mut().zip(from).for_each(|(to, &x)| *to = T::Compute::from_f64(x.into()));
+        }
+        if kind == TileKind::Partial {
+            // What stands there may be NaN, and 0 · NaN is not 0.
+            self.hide_row(&mut for_score[..tile.keys], &mut for_parameter[..tile.keys], tile, i);
+        }
+    }
+
+    /// The parameter that each score of row `i` of a tile reads.
+    pub fn parameters_of_row<'x>(&'x self, tile: &'x Tile, i: usize) -> impl Iterator<Item = usize> + 'x {
+        let code = self.function.map(|(code, _)| code);
+        let row = Row { first: self.place(tile, i, tile.j0), along: Along::Keys };
+        (0..tile.keys).filter_map(move |n| code.map(|code| code.parameter(row.at(n)) as usize))
     }
 
     /// `Σ_j ds_j · |a − j|` over row `i` of a tile.
@@ -439,7 +493,7 @@ fn mix(x: u32) -> u32 {
 mod tests {
     use flashover_kernels::mask::UNBOUNDED;
     use flashover_kernels::problem::Element;
-    use flashover_kernels::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
+    use flashover_kernels::score::{Alibi, Bias, ScoreFunction, Softcap};
 
     use super::*;
 
@@ -501,6 +555,7 @@ mod tests {
             mask: None,
             alibi_slopes,
             learned_sinks: None,
+            score_parameters: None,
             key_lengths: None,
             plan: None,
         };

@@ -11,7 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::context::{Context, Tile};
 use super::parallel;
 use super::real::{Float, Real};
-use super::sweep::{BK, BQ, KeyScratch, KeyTile, Saved, TileScratch, gradient_tile};
+use super::sweep::{BK, BQ, KeyScratch, KeyTile, RowGradients, Saved, TileScratch, gradient_tile};
 use super::tiles::sum;
 use super::view::View;
 
@@ -112,10 +112,10 @@ impl<T: Float> WithSimd for Block<'_, '_, T> {
             }
             let keys = KeyTile::load(context, key_scratch, kv, (j0, first.keys), true);
             for &(tile, kind) in walk.iter() {
-                let add = |i: usize, p: &[T::Compute], ds: &[T::Compute]| {
+                let add = |i: usize, p: &[T::Compute], row: RowGradients<'_, T::Compute>| {
                     let sums = &mut sums[i - i0];
                     sums.mass += sum(p);
-                    sums.delta += sum(ds);
+                    sums.delta += sum(row.value);
                 };
                 gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, true, add);
             }

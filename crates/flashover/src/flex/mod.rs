@@ -13,6 +13,7 @@ mod forward;
 mod gemm;
 mod parallel;
 mod real;
+mod score_gradient;
 mod sweep;
 mod tiles;
 mod view;
@@ -47,6 +48,8 @@ pub struct Inputs<'a, T: Float> {
     pub alibi_slopes: Option<&'a [T::Compute]>,
     /// Learned sink logits `[Hq]`.
     pub learned_sinks: Option<&'a [T::Compute]>,
+    /// Parameters of the user's score function.
+    pub score_parameters: Option<&'a [f32]>,
     /// Visible keys of each batch element `[B]`; below 0 counts as 0, beyond `Skv` as `Skv`.
     pub key_lengths: Option<&'a [i32]>,
     /// The block plan, if the problem has one.

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! s = (scale · q) kᵀ              p = exp(f(s) − lse) · norm             [bq, bk], recomputed
-//! dp = do vᵀ                      ds = p ∘ (dp − delta) ∘ f′(s)
+//! dp = do vᵀ                      ds = p ∘ (dp − delta) ∘ f′(s)          f: all score functions, the user's last
 //! dv += pᵀ do      dk += dsᵀ (scale · q)      dq += scale · ds k
 //! ```
 //!
@@ -62,7 +62,7 @@ pub(super) struct KeyScratch<R> {
 }
 
 /// One tile: copies of rows of q and do where needed, `scale · q`, p and ds, `[BQ, BK]`, and a row each of the softcap's
-/// derivative and of dropout's multipliers.
+/// derivative, of dropout's multipliers and of the derivatives of the user's function.
 pub(super) struct TileScratch<R> {
     q: Vec<R>,
     scaled_q: Vec<R>,
@@ -71,6 +71,8 @@ pub(super) struct TileScratch<R> {
     pub ds: Vec<R>,
     slope_of_cap: Vec<R>,
     multipliers: Vec<R>,
+    for_score: Vec<R>,
+    for_parameter: Vec<R>,
 }
 
 impl<R: Real> KeyScratch<R> {
@@ -101,12 +103,15 @@ impl<R: Real> TileScratch<R> {
             ds: zeros(BQ * BK),
             slope_of_cap: zeros(BK),
             multipliers: zeros(BK),
+            for_score: zeros(if problem.score.is_some() { BK } else { 0 }),
+            for_parameter: zeros(if problem.score.is_some() { BK } else { 0 }),
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers } = self;
-        let elements: usize = [q, scaled_q, do_, p, ds, slope_of_cap, multipliers].map(Vec::len).iter().sum();
+        let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers, for_score, for_parameter } = self;
+        let all = [q, scaled_q, do_, p, ds, slope_of_cap, multipliers, for_score, for_parameter];
+        let elements: usize = all.map(Vec::len).iter().sum();
         elements * size_of::<R>()
     }
 }
@@ -159,8 +164,7 @@ impl<'x, R: Real> KeyTile<'x, R> {
     }
 }
 
-/// p and, if wanted, ds of one tile, in `scratch`. `each_row(i, p, ds)` sees every row of p before dropout, and of ds
-/// before the softcap's derivative: the gradient of what the score functions added.
+/// p and, if wanted, ds of one tile, in `scratch`. `each_row(i, p, gradients)` sees every row of p before dropout.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
@@ -171,11 +175,11 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
     (tile, kind): (&Tile, TileKind),
     scratch: &'x mut TileScratch<T::Compute>,
     with_ds: bool,
-    mut each_row: impl FnMut(usize, &[T::Compute], &[T::Compute]),
+    mut each_row: impl FnMut(usize, &[T::Compute], RowGradients<'_, T::Compute>),
 ) -> GradientTile<'x, T::Compute> {
     let (b, h) = (tile.b, tile.h);
     let problem = context.problem;
-    let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers } = scratch;
+    let TileScratch { q, scaled_q, do_, p, ds, slope_of_cap, multipliers, for_score, for_parameter } = scratch;
     let q = rows(&context.q, (b, h), tile.i0, tile.rows, q);
     // As the forward scales them: a key that is alone must get the score again, bit for bit, for its p to be 1.
     let q = scaled(q, tile.rows, problem.head_dim, context.scale, scaled_q);
@@ -199,6 +203,7 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         }
         if context.has_score_functions() {
             context.score_row::<S>(&mut p[..tile.keys], slope_of_cap, tile, i);
+            context.function_row(&mut p[..tile.keys], for_score, for_parameter, (tile, kind), i);
         }
         let vectors = ..padded(tile.keys);
         if let Some(dropout) = &dropout {
@@ -210,7 +215,16 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         if kind == TileKind::Partial {
             context.hide_row(p, ds, tile, i);
         }
-        each_row(i, p, ds);
+        if context.function.is_some() {
+            let (for_score, for_parameter) = (&mut for_score[..tile.keys], &mut for_parameter[..tile.keys]);
+            for (derivative, ds) in for_score.iter_mut().chain(&mut *for_parameter).zip(ds.iter().chain(&*ds)) {
+                *derivative *= *ds;
+            }
+            each_row(i, p, RowGradients { value: ds, score: for_score, parameter: for_parameter });
+            ds.copy_from_slice(for_score);
+        } else {
+            each_row(i, p, RowGradients { value: ds, score: ds, parameter: &[] });
+        }
         if dropout.is_some() {
             p.iter_mut().zip(&*multipliers).for_each(|(p, &multiplier)| *p *= multiplier);
         }
@@ -219,6 +233,16 @@ pub(super) fn gradient_tile<'x, T: Float, S: Simd>(
         }
     }
     GradientTile { q, do_, p, ds, hides }
+}
+
+/// Gradients along a row of a tile.
+pub(super) struct RowGradients<'x, R> {
+    /// Of the scores that the softmax saw.
+    pub value: &'x [R],
+    /// Of the scores before the user's function, and so of what the other functions added, the softcap excepted.
+    pub score: &'x [R],
+    /// Each score's share of the gradient of the parameter that it read; empty without a function.
+    pub parameter: &'x [R],
 }
 
 /// Result of [`gradient_tile`].
@@ -343,7 +367,8 @@ fn key_tile<T: Float, S: Simd>(
         let h = tile.h;
         let mut slope_sum = 0.0;
         let row_of = |i: usize| (h - heads.start) * queries.len() + i - queries.start;
-        let result = gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, _, ds| {
+        let result = gradient_tile(simd, context, saved, &keys, (&tile, kind), tile_scratch, with_ds, |i, _, row| {
+            let ds = row.score;
             if targets.slopes.is_some() {
                 slope_sum += context.distance_sum(ds, &tile, i);
             }

@@ -14,7 +14,8 @@ use super::backward::Gradients;
 use super::real::Real;
 use super::{Float, Inputs, View, backward, forward};
 
-const ALL: Wanted = Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true };
+const ALL: Wanted =
+    Wanted { q: true, k: true, v: true, bias: true, alibi_slopes: true, learned_sinks: true, score_parameters: false };
 
 /// A small generator, so that a case can be named by a number.
 struct Random(u64);
@@ -198,6 +199,7 @@ impl<T: Float> Case<T> {
             bias: self.bias.as_ref().map(Tensor::view),
             mask: self.mask.as_ref().map(|(data, shape)| View::contiguous(data, *shape)),
             alibi_slopes: self.slopes.as_deref(),
+            score_parameters: None,
             learned_sinks: self.sinks.as_deref(),
             key_lengths: self.key_lengths.as_deref(),
             plan: None,

@@ -7,10 +7,12 @@ use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig, Initializer};
 use burn::tensor::{Bool, DType, Device, Distribution, Int, Tensor, TensorData};
+use flashover_kernels::mask::Mask;
 use flashover_kernels::problem::MAX_HEAD_DIM;
 
+use super::plans::{Plans, hidden_rows};
 use super::{RotaryEmbedding, RotaryEmbeddingConfig};
-use crate::AttentionOptions;
+use crate::{AttentionError, AttentionOptions};
 
 /// What shapes a module's attention besides its projections; the same options as [`AttentionOptions`], and rotary
 /// embedding. The default is plain attention.
@@ -36,6 +38,15 @@ pub struct AttentionConfig {
     /// First keys that stay visible outside the window.
     #[config(default = 0)]
     pub visible_sinks: usize,
+    /// A mask whose block plan is walked. It is bound to the lengths of each call, and the plan is made when lengths are first
+    /// met, and kept. What the other settings hide stays hidden.
+    ///
+    /// With a cache the mask is bound to all positions so far, as in a call that computes all of them; the new rows are then
+    /// hidden by a dense mask of `new · Skv` points. Nothing of a mask is a parameter, and records do not hold it.
+    pub mask: Option<Mask>,
+    /// Queries and keys of a tile of the mask's plans.
+    #[config(default = "[128, 128]")]
+    pub mask_tile: [usize; 2],
     /// Caps scores to `(−cap, cap)` by `cap · tanh(s / cap)`.
     pub softcap: Option<f64>,
     /// Factor of `q·k`; `1/√d_k` unless given.
@@ -79,6 +90,7 @@ impl AttentionConfig {
             quiet_softmax: quiet,
             config: self.clone(),
             seeds: DropoutSeeds::default(),
+            plans: Plans::default(),
         }
     }
 }
@@ -101,6 +113,8 @@ pub(super) struct Heads {
     pub v: Tensor<4>,
     /// Broadcasts to `[B, Hq, Sq, Skv]`, `true` hides.
     pub mask: Option<Tensor<4, Bool>>,
+    /// Queries before these, whose outputs a cache holds.
+    pub before: usize,
 }
 
 /// Attention without projections: the options of [`AttentionConfig`] with their parameters and tables, and dropout.
@@ -122,6 +136,8 @@ pub struct Attention {
     config: AttentionConfig,
     #[module(skip)]
     seeds: DropoutSeeds,
+    #[module(skip)]
+    plans: Plans,
 }
 
 impl Attention {
@@ -152,8 +168,8 @@ impl Attention {
 
     /// Attention of heads, `[B, Hq, Sq, Dv]`.
     pub(super) fn forward(&self, heads: Heads) -> Tensor<4> {
-        let Heads { q, k, v, mask } = heads;
-        let options = self.options(&q, mask);
+        let options = self.options(&heads);
+        let Heads { q, k, v, .. } = heads;
         attend(q, k, v, &options)
     }
 
@@ -162,8 +178,8 @@ impl Attention {
     /// A row of the probabilities is the output for values that are unit vectors, so the same kernel gives them, one
     /// block of keys after the other.
     pub(super) fn forward_with_weights(&self, heads: Heads) -> (Tensor<4>, Tensor<4>) {
-        let Heads { q, k, v, mask } = heads;
-        let options = self.options(&q, mask);
+        let options = self.options(&heads);
+        let Heads { q, k, v, .. } = heads;
         let ([batch, heads_q, queries, _], [_, heads_kv, keys, _]) = (q.dims(), k.dims());
         let device = q.device();
         let block = |j0: usize| {
@@ -180,8 +196,35 @@ impl Attention {
         (attend(q, k, v, &options), weights)
     }
 
-    fn options(&self, q: &Tensor<4>, mask: Option<Tensor<4, Bool>>) -> AttentionOptions {
-        let (config, device) = (&self.config, q.device());
+    /// The options with the configured mask, and with that of the call.
+    fn masked(&self, options: AttentionOptions, heads: &Heads) -> Result<AttentionOptions, AttentionError> {
+        let Heads { q, k, mask, before, .. } = heads;
+        let with = |options: AttentionOptions, mask: Option<Tensor<4, Bool>>| match mask {
+            Some(mask) => options.mask(mask),
+            None => options,
+        };
+        let ([batch, heads, queries, _], keys) = (q.dims(), k.dims()[2]);
+        let Some(configured) = self.config.mask.as_ref().filter(|_| batch * queries * keys > 0) else {
+            return Ok(with(options, mask.clone()));
+        };
+        let shape = [batch, heads, before + queries, keys];
+        if *before == 0 {
+            let plan = self.plans.get(configured, self.config.mask_tile, shape)?;
+            return Ok(with(options, mask.clone()).plan(&plan));
+        }
+        let hidden = hidden_rows(configured, shape, *before, &q.device())?;
+        Ok(options.mask(match mask {
+            Some(mask) => {
+                let both = |x: [usize; 4], y: [usize; 4]| std::array::from_fn(|axis| x[axis].max(y[axis]));
+                let shape: [usize; 4] = both(hidden.dims(), mask.dims());
+                hidden.expand(shape).bool_or(mask.clone().expand(shape))
+            }
+            None => hidden,
+        }))
+    }
+
+    fn options(&self, heads: &Heads) -> AttentionOptions {
+        let (config, device) = (&self.config, heads.q.device());
         let mut options = AttentionOptions::new().visible_sinks(config.visible_sinks);
         if config.causal {
             options = options.causal();
@@ -205,11 +248,9 @@ impl Attention {
             options = options.learned_sinks(sinks.val());
         }
         if self.quiet_softmax {
-            options = options.learned_sinks(Tensor::zeros([q.dims()[1]], &device));
+            options = options.learned_sinks(Tensor::zeros([heads.q.dims()[1]], &device));
         }
-        if let Some(mask) = mask {
-            options = options.mask(mask);
-        }
+        options = self.masked(options, heads).unwrap_or_else(|error| panic!("attention: {error}"));
         let training = self.dropout.training.is_enabled() && device.is_autodiff();
         if training && self.dropout.prob > 0.0 {
             options = options.dropout(self.dropout.prob, self.seeds.next(&device));

@@ -149,6 +149,6 @@ impl CrossAttention {
             // Where there is nothing to hide, Burn's reshape would read a zero as "the size that was there".
             (batch * keys > 0).then(|| mask.unsqueeze_dims::<4>(&[1, 2]))
         });
-        Heads { q: self.attention.queries(q, keys), k, v, mask }
+        Heads { q: self.attention.queries(q, keys), k, v, mask, before: 0 }
     }
 }

@@ -16,6 +16,8 @@
 //! - **Weights** are returned only by the methods named `forward_with_weights`; `forward` never makes them.
 //! - **A query that may see nothing** gives zeros (then the output projection), where burn-nn averages all values:
 //!   masked scores are −∞ here, not `min_float`, and there is no such setting.
+//! - **A mask** of [`AttentionConfig`] is walked by block plans, in time of what it shows; see
+//!   [`mask`](AttentionConfig::mask).
 //! - **Dropout** of the probabilities is a pure function of a seed. Each forward call in training takes a fresh one: a
 //!   counter that starts at random, drawn from the device at the first of them, so that
 //!   [`Device::seed`](burn::tensor::Device::seed) before it makes a run repeatable. Clones of a module share its
@@ -45,6 +47,7 @@ mod cache;
 mod cross;
 mod encoder;
 mod multi_head;
+mod plans;
 mod rotary;
 
 pub use attention::{Attention, AttentionConfig};

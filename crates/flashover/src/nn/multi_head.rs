@@ -243,7 +243,7 @@ impl MultiHeadAttention {
         let keys = k.dims()[2];
         let mask = input.mask(seen, keys);
         let q = self.queries(input.query.slice_dim(1, seen..queries), keys);
-        let new = merge(self.attention.forward(Heads { q, k, v, mask }), &self.output);
+        let new = merge(self.attention.forward(Heads { q, k, v, mask, before: seen }), &self.output);
         MhaOutput { context: cache.append_output(new) }
     }
 
@@ -256,10 +256,11 @@ impl MultiHeadAttention {
     pub fn forward_autoregressive(&self, new: Tensor<3>, cache: &mut KvCache) -> Tensor<3> {
         assert!(self.attention.is_causal(), "forward_autoregressive: expected a causal module, got one that is not");
         assert_shape!(new, [_, _, self.d_model]);
-        let (k, v) = self.keys_values(new.clone(), new.clone(), cache.len());
+        let before = cache.len();
+        let (k, v) = self.keys_values(new.clone(), new.clone(), before);
         let (k, v) = cache.append(k, v);
         let q = self.queries(new, k.dims()[2]);
-        merge(self.attention.forward(Heads { q, k, v, mask: None }), &self.output)
+        merge(self.attention.forward(Heads { q, k, v, mask: None, before }), &self.output)
     }
 
     fn check(&self, input: &MhaInput) {
@@ -276,7 +277,7 @@ impl MultiHeadAttention {
         let mask = input.mask(0, keys);
         let q = self.queries(input.query, keys);
         let (k, v) = self.keys_values(input.key, input.value, 0);
-        Heads { q, k, v, mask }
+        Heads { q, k, v, mask, before: 0 }
     }
 
     fn queries(&self, query: Tensor<3>, keys: usize) -> Tensor<4> {

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
 use flashover::{AttentionOptions, attention, attention_with_lse};
+use flashover_testing::score::Waves;
 
 use crate::devices;
 
@@ -58,11 +59,14 @@ fn gradients_reach_through_what_came_before_with_and_without_checkpointing() {
     let run = |device: Device| {
         let [q, k, v] = operands(&device).map(Tensor::require_grad);
         let bias = normal([1, 4, 1, 70], &device).require_grad();
+        let table = normal([11], &device).require_grad();
         let options = AttentionOptions::new().causal().bias(bias.clone() * 0.5);
+        let options = options.score_function(Waves, table.clone().sin());
         let o = attention(q.clone().cos() * 2.0, k.clone().sin(), v.clone() + 1.0, &options).unwrap();
         let grads = (o.clone() * o.sin()).sum().backward();
         let of = |x: &Tensor<4>| x.grad(&grads).expect("tracked").into_data();
-        [of(&q), of(&k), of(&v), of(&bias)]
+        let of_table = table.grad(&grads).expect("tracked").into_data();
+        [of(&q), of(&k), of(&v), of(&bias), of_table]
     };
     let plain = run(devices::flex().autodiff());
     let checkpointed = run(devices::flex().autodiff().gradient_checkpointing());

@@ -16,6 +16,7 @@ use flashover::kernels::select::{KernelChoice, select};
 use flashover::{AttentionBackend, AttentionOptions, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 use flashover_testing::bridge::{self, Results};
 use flashover_testing::data::{Case, Inputs};
+use flashover_testing::score::with_waves;
 
 use crate::devices;
 
@@ -38,7 +39,8 @@ fn cases(element: Element) -> Vec<Case> {
     };
     let few_keys = Problem::new([1, 2, 70, 8], [1, 2, 33, 8], [1, 2, 33, 8], element).expect("sound");
     let few_keys = Problem { band: Band::causal(), bias: Some([1, 2, 70, 33]), ..few_keys };
-    vec![Case::new(plain, 1), Case::new(everything, 2), Case::new(few_keys, 3)]
+    let with_function = with_waves(everything.clone());
+    vec![Case::new(plain, 1), Case::new(everything, 2), Case::new(few_keys, 3), Case::new(with_function, 4)]
 }
 
 /// Attention without Fusion.
@@ -46,7 +48,7 @@ fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDev
     let selection = select(problem, &DeviceLimits::of(&device.client()), KernelChoice::Auto).expect("a kernel");
     let plan = Plan { problem: problem.clone(), blocks: None, selection: Some(selection) };
     let element = dtype(problem.element);
-    let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, key_lengths } = &inputs.operands;
+    let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } = &inputs.operands;
     let p = problem;
     let q = floats(q, &[p.batch, p.heads_q, p.seq_q, p.head_dim], element, device);
     let k = floats(k, &[p.batch, p.heads_kv, p.seq_kv, p.head_dim], element, device);
@@ -64,6 +66,9 @@ fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDev
         })),
         alibi_slopes: per_head(alibi_slopes),
         learned_sinks: per_head(learned_sinks),
+        score_parameters: MaybeFloat::from_option(
+            score_parameters.as_ref().map(|x| floats(x, &[x.len()], DType::F32, device)),
+        ),
         key_lengths: MaybeInt::from_option(
             key_lengths.as_ref().map(|x| Bare::int_from_data(TensorData::new(x.clone(), [p.batch]), device)),
         ),
@@ -76,6 +81,7 @@ fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDev
         bias: p.bias.is_some(),
         alibi_slopes: p.alibi,
         learned_sinks: p.learned_sinks,
+        score_parameters: p.score.is_some(),
     };
     let backward = |do_: &[f64], dlse: Option<Vec<f64>>| {
         let do_ = floats(do_, &p.output_shape(), element, device);
@@ -112,7 +118,7 @@ fn read(tensor: FloatTensor<Bare>) -> Vec<f64> {
 
 fn read_all(gradients: InputGradients<Bare>) -> Gradients<Vec<f64>> {
     let read = |x: MaybeFloat<Bare>| x.into_option().map(read);
-    let InputGradients { q, k, v, bias, alibi_slopes, learned_sinks } = gradients;
+    let InputGradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters } = gradients;
     Gradients {
         q: read(q),
         k: read(k),
@@ -120,12 +126,13 @@ fn read_all(gradients: InputGradients<Bare>) -> Gradients<Vec<f64>> {
         bias: read(bias),
         alibi_slopes: read(alibi_slopes),
         learned_sinks: read(learned_sinks),
+        score_parameters: read(score_parameters),
     }
 }
 
 /// Every number of the results, with its name; f64 holds each of them exactly.
 fn named(results: Results) -> Vec<(&'static str, Option<Vec<u64>>)> {
-    let Gradients { q, k, v, bias, alibi_slopes, learned_sinks } = results.gradients;
+    let Gradients { q, k, v, bias, alibi_slopes, learned_sinks, score_parameters } = results.gradients;
     let all = [
         ("o", Some(results.o)),
         ("lse", Some(results.lse)),
@@ -135,6 +142,7 @@ fn named(results: Results) -> Vec<(&'static str, Option<Vec<u64>>)> {
         ("dbias", bias),
         ("dalibi_slopes", alibi_slopes),
         ("dlearned_sinks", learned_sinks),
+        ("dscore_parameters", score_parameters),
     ];
     all.map(|(name, x)| (name, x.map(|x| x.into_iter().map(f64::to_bits).collect()))).into()
 }

@@ -49,6 +49,7 @@ fn check_on(case: &Case, inputs: &Inputs, references: &References, device: &Devi
         ("dv", g.v.is_none()),
         ("dbias", g.bias.is_none() && case.problem.bias.is_some()),
         ("dalibi_slopes", g.alibi_slopes.is_none() && case.problem.alibi),
+        ("dscore_parameters", g.score_parameters.is_none() && case.problem.score.is_some()),
         // Without a gradient of any score of the head, there is still one for its sink.
         ("dlearned_sinks", g.learned_sinks.is_none() && case.problem.learned_sinks),
     ];

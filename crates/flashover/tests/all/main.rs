@@ -12,5 +12,6 @@ mod limits;
 mod nn;
 mod non_finite;
 mod properties;
+mod scores;
 mod small;
 mod sparse;

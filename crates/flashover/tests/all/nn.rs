@@ -3,6 +3,7 @@
 mod against_burn;
 mod autoregressive;
 mod encoder;
+mod masks;
 mod options;
 mod rotary;
 mod training;

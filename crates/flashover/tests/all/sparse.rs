@@ -18,7 +18,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use crate::devices;
 
 /// Runs a case by its plan on each device and holds the results against the dense-masked oracle.
-fn check(case: &SparseCase, devices: &[Device]) -> Result<(), String> {
+pub fn check(case: &SparseCase, devices: &[Device]) -> Result<(), String> {
     check_inputs(case, &case.case.inputs(), devices)
 }
 

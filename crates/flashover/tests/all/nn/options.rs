@@ -55,6 +55,7 @@ fn expected(
         mask: None,
         alibi_slopes: slopes,
         learned_sinks: sinks,
+        score_parameters: None,
         key_lengths: None,
     };
     let zeros = |shape: &[usize]| vec![0.0; shape.iter().product()];
