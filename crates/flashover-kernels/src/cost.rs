@@ -131,7 +131,11 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
         }
         if bias {
             let partials = (reductions.partials(problem).bias * size_of::<f32>()) as u64;
-            if reductions.bias_parts == 1 {
+            if reductions.bias_rows {
+                let bindings = 2 + usize::from(with_dlse);
+                let shared = SUM_UNITS * size_of::<f32>();
+                costs.push(model.small("backward_bias_rows", statistics + dlse + model.bias, bindings, shared));
+            } else if reductions.bias_parts == 1 {
                 costs.push(model.portable(tile, "backward_bias", model.products(1, 1), read + model.bias, 7));
             } else {
                 costs.push(model.portable(tile, "backward_bias", model.products(1, 1), read + partials, 6));

@@ -146,7 +146,13 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
         // Their gradients are taken by the portable kernels.
         portable::check_limits(problem, limits, config)?;
     }
-    Ok(Selection { kernel, config, mma: Some(tiles), hopper: None, reason: format!("{kernel}: {why_kernel}; {tiles}: {why}") })
+    Ok(Selection {
+        kernel,
+        config,
+        mma: Some(tiles),
+        hopper: None,
+        reason: format!("{kernel}: {why_kernel}; {tiles}: {why}"),
+    })
 }
 
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
@@ -154,7 +160,13 @@ fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -
     let (config, why) = portable_tile(problem, limits);
     kernel.check_options(problem)?;
     portable::check_limits(problem, limits, config)?;
-    Ok(Selection { kernel, config, mma: None, hopper: None, reason: format!("{kernel}: {why_kernel}; {config}: {why}") })
+    Ok(Selection {
+        kernel,
+        config,
+        mma: None,
+        hopper: None,
+        reason: format!("{kernel}: {why_kernel}; {config}: {why}"),
+    })
 }
 
 /// Tiles of the portable kernels, and why.
@@ -287,7 +299,9 @@ mod tests {
              got 60"
         );
         let even = problem(300, Element::F16);
-        assert!(error(&even, &ampere()).contains("expected wgmma and the copy engine of sm90, which cuda does not have"));
+        assert!(
+            error(&even, &ampere()).contains("expected wgmma and the copy engine of sm90, which cuda does not have")
+        );
         assert!(error(&problem(300, Element::F32), &h200()).contains("expected one of [F16, BF16] on cuda, got F32"));
         let plan = PlanShape { tile: TileSize { bq: 64, bk: 64 }, words: 16, points: 1 };
         let planned = Problem { plan: Some(plan), ..even };

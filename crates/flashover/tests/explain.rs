@@ -38,7 +38,11 @@ fn holds(device: &Device, dtype: DType, options: fn(&Device, DType) -> Attention
     for launch in forward.iter().chain(&backward) {
         // What every WebGPU device grants; the matrix kernels never run there.
         let granted = launch.shared_bytes <= 16 * 1024 && launch.units <= 256;
-        assert!(launch.bindings <= 7 && (granted || ["_mma", "_hopper"].iter().any(|family| launch.kernel.ends_with(family))), "{launch:?}");
+        assert!(
+            launch.bindings <= 7
+                && (granted || ["_mma", "_hopper"].iter().any(|family| launch.kernel.ends_with(family))),
+            "{launch:?}"
+        );
     }
     assert!(answer.to_string().contains(&answer.reason));
 }

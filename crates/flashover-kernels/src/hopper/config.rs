@@ -38,7 +38,8 @@ pub struct HopperConfig {
 impl HopperConfig {
     /// Tiles for a problem whose head dimensions are multiples of 8, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
-        let Problem { head_dim, value_dim, softcap, alibi, bias, mask, plan, learned_sinks, dropout, scale, .. } = *problem;
+        let Problem { head_dim, value_dim, softcap, alibi, bias, mask, plan, learned_sinks, dropout, scale, .. } =
+            *problem;
         let shaped = softcap.is_some() || alibi || bias.is_some() || learned_sinks || scale <= 0.0;
         let plain = !(shaped || mask.is_some() || plan.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim).unwrap_or(dim);
@@ -58,7 +59,11 @@ impl HopperConfig {
             _ => (64, "registers hold the scores of 64 keys beside the output"),
         };
         // A plan's tiles are powers of 2.
-        if plan.is_some() && bk == 96 { (HopperConfig { bk: 64, ..config }, "whole tiles of the plan") } else { (HopperConfig { bk, ..config }, why) }
+        if plan.is_some() && bk == 96 {
+            (HopperConfig { bk: 64, ..config }, "whole tiles of the plan")
+        } else {
+            (HopperConfig { bk, ..config }, why)
+        }
     }
 
     /// Queries of a tile.
@@ -108,11 +113,7 @@ impl HopperConfig {
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, output and packed weights.
     pub(crate) const fn lanes(&self) -> [usize; 3] {
-        [
-            (self.bk / 2).next_power_of_two(),
-            (self.value_dim / 2).next_power_of_two(),
-            (self.bk / 4).next_power_of_two(),
-        ]
+        [(self.bk / 2).next_power_of_two(), (self.value_dim / 2).next_power_of_two(), (self.bk / 4).next_power_of_two()]
     }
 }
 

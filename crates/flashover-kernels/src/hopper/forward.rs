@@ -11,12 +11,13 @@ use cubecl::prelude::*;
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_of, value_text, wait_after_text, wait_products,
-    wait_products_after, wait_text,
+    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_of, value_text,
+    wait_after_text, wait_products, wait_products_after, wait_text,
 };
 use super::ring::{Ring, address_at, addresses, advance, barriers, ring_start};
 use super::rows::{
-    Place, RowState, drop_weights, hide, pack_weights, rescale, rows_finish, rows_start, shape_scores, softmax_tile, store_rows,
+    Place, RowState, drop_weights, hide, pack_weights, rescale, rows_finish, rows_start, shape_scores, softmax_tile,
+    store_rows,
 };
 use crate::family::element::{Head, Numbers, head_of};
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
@@ -87,9 +88,31 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     }
                     while cursor.t < walk.steps {
                         barrier_wait(address_at(&k_gates, ring.stage, cfg.stages), ring.parity);
-                        copy_tile::<E>(k, &mut sk, &k_full, ring.stage, b, kv, cursor.step.j0, cfg.stages, k_len, cfg.bk);
+                        copy_tile::<E>(
+                            k,
+                            &mut sk,
+                            &k_full,
+                            ring.stage,
+                            b,
+                            kv,
+                            cursor.step.j0,
+                            cfg.stages,
+                            k_len,
+                            cfg.bk,
+                        );
                         barrier_wait(address_at(&v_gates, ring.stage, cfg.stages), ring.parity);
-                        copy_tile::<E>(v, &mut sv, &v_full, ring.stage, b, kv, cursor.step.j0, cfg.stages, v_len, cfg.bk);
+                        copy_tile::<E>(
+                            v,
+                            &mut sv,
+                            &v_full,
+                            ring.stage,
+                            b,
+                            kv,
+                            cursor.step.j0,
+                            cfg.stages,
+                            v_len,
+                            cfg.bk,
+                        );
                         advance(&mut ring, comptime!(cfg.stages as u32));
                         cursor.t += 1;
                         seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
@@ -114,7 +137,8 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         let q_at = shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() });
         let k_at = shared_address::<E>(unsafe { sk.as_slice().as_ptr_unchecked() });
         let v_at = shared_address::<E>(unsafe { sv.as_slice().as_ptr_unchecked() });
-        let tiles = Tiles { q: descriptor(q_at + group * comptime!((ROWS * 2 * PIECE) as u32), 16u32), k: k_at, v: v_at };
+        let tiles =
+            Tiles { q: descriptor(q_at + group * comptime!((ROWS * 2 * PIECE) as u32), 16u32), k: k_at, v: v_at };
         let [ns, no, np] = comptime!(cfg.lanes());
         let pair = comptime!(format!("{ty}x2"));
         let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
@@ -140,7 +164,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                 let mut rows = rows_start(place, at, scratch, n);
                 let mut out = Accumulator::<NO>::new(0.0f32);
                 let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
-                    seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
+                seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                 if cursor.t < walk.steps {
                     barrier_wait(address_at(&gates.q_full, 0u32, 1usize), q_parity);
                     q_parity ^= 1u32;
@@ -148,7 +172,20 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
                     let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
                     barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
-                    weigh::<E, NS>(&mut s, &mut rows, place, cursor.step, at, scratch, bias, n, factor, with_bias, true, cfg);
+                    weigh::<E, NS>(
+                        &mut s,
+                        &mut rows,
+                        place,
+                        cursor.step,
+                        at,
+                        scratch,
+                        bias,
+                        n,
+                        factor,
+                        with_bias,
+                        true,
+                        cfg,
+                    );
                     let mut p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
                     cursor.t += 1;
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
@@ -157,13 +194,47 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                         // lays the softmax over the product in flight.
                         if comptime!(cfg.plain) && cursor.step.full {
                             next_tile::<E, NS, NO, NP>(
-                                &mut out, &mut p, &mut rows, &mut ring, cursor.step, &gates, tiles, place, at, scratch, bias, n,
-                                factor, group, leader, with_bias, false, ty.clone(), cfg,
+                                &mut out,
+                                &mut p,
+                                &mut rows,
+                                &mut ring,
+                                cursor.step,
+                                &gates,
+                                tiles,
+                                place,
+                                at,
+                                scratch,
+                                bias,
+                                n,
+                                factor,
+                                group,
+                                leader,
+                                with_bias,
+                                false,
+                                ty.clone(),
+                                cfg,
                             );
                         } else {
                             next_tile::<E, NS, NO, NP>(
-                                &mut out, &mut p, &mut rows, &mut ring, cursor.step, &gates, tiles, place, at, scratch, bias, n,
-                                factor, group, leader, with_bias, true, ty.clone(), cfg,
+                                &mut out,
+                                &mut p,
+                                &mut rows,
+                                &mut ring,
+                                cursor.step,
+                                &gates,
+                                tiles,
+                                place,
+                                at,
+                                scratch,
+                                bias,
+                                n,
+                                factor,
+                                group,
+                                leader,
+                                with_bias,
+                                true,
+                                ty.clone(),
+                                cfg,
                             );
                         }
                         cursor.t += 1;
@@ -193,7 +264,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                 }
             }
             round += 1;
-                work = snake(round);
+            work = snake(round);
         }
     }
 }
@@ -228,7 +299,12 @@ struct Tiles {
 
 /// Issues the scores of the key tile in a stage.
 #[cube]
-fn scores<NS: Size>(tiles: Tiles, stage: u32, #[comptime] ty: String, #[comptime] cfg: HopperConfig) -> Accumulator<NS> {
+fn scores<NS: Size>(
+    tiles: Tiles,
+    stage: u32,
+    #[comptime] ty: String,
+    #[comptime] cfg: HopperConfig,
+) -> Accumulator<NS> {
     let [ns, _, _] = comptime!(cfg.lanes());
     let [_, k_len, _] = comptime!(cfg.elements());
     let (piece_q, piece_k) = comptime!((cfg.bq() * 2 * PIECE, cfg.bk * 2 * PIECE));

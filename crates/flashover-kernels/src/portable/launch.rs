@@ -6,8 +6,10 @@ use super::backward::{backward_keys_kernel, backward_queries_kernel};
 use super::checks::check_limits;
 use super::delta::delta_kernel;
 use super::forward::forward_kernel;
-use super::parameters::{BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_sum_kernel, head_sums_kernel};
-use super::reductions::Reductions;
+use super::parameters::{
+    BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_rows_kernel, bias_sum_kernel, head_sums_kernel,
+};
+use super::reductions::{Reductions, bias_row_terms};
 use super::score_parameters::{parameter_gradient_kernel, parameter_sum_kernel};
 use super::tile::TileConfig;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
@@ -145,7 +147,11 @@ pub fn backward(
             }
         }
         if let (Some(bias), Some(dbias)) = (&operands.bias, &gradients.bias) {
-            call.bias(bias, dbias);
+            if reductions.bias_rows {
+                call.bias_rows(dbias);
+            } else {
+                call.bias(bias, dbias);
+            }
         }
         if let (Some(score), Some(gradient)) = (problem.score, &gradients.score_parameters) {
             call.score_parameters(score, gradient);
@@ -305,6 +311,33 @@ impl Backward<'_> {
                 if dv.is_some() { tile.chunks(value_dim) } else { 1 },
                 tile,
                 q.elem,
+            );
+        }
+    }
+
+    fn bias_rows(&self, dbias: &DeviceTensor) {
+        let dlse = self.outputs.dlse.as_ref();
+        let &[batch, heads, queries, keys] = &dbias.shape[..] else {
+            unreachable!("a checked bias has four dimensions")
+        };
+        let (bindings, address) = binding_facts([&self.scratch, dbias].into_iter().chain(dlse));
+        self.launcher.note_small("backward_bias_rows", bindings, SUM_UNITS * size_of::<f32>());
+        // SAFETY: elements are tested, and rows are those of the problem, whose shapes were checked.
+        unsafe {
+            bias_rows_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(dbias.elements()),
+                CubeDim::new_1d(SUM_UNITS as u32),
+                address,
+                self.scratch.buffer(),
+                dlse.map(DeviceTensor::arg).into(),
+                dbias.buffer(),
+                BiasShapeLaunch::new(batch as u32, heads as u32, queries as u32, keys as u32),
+                bias_row_terms(self.problem, [batch, heads, queries, keys]) as u32,
+                self.numbers(),
+                dlse.is_some(),
+                SUM_UNITS,
+                dbias.elem,
             );
         }
     }

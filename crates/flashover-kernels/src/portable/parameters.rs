@@ -191,6 +191,64 @@ pub(crate) fn bias_sum_kernel<E: Float>(
     }
 }
 
+/// The gradient of a bias that is the same for all keys: a sum over whole rows. `Σⱼ dsⱼ` of a row is `dlse + delta · σ`, with `σ`
+/// the share of the learned sink in the denominator: probabilities times `dp` sum to `delta + dlse`, and probabilities to
+/// `1 − σ`. Summed element by element the same is what is left of a cancellation. A cube an element: every
+/// unit sums its stride of the rows, then the first one adds the units up.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn bias_rows_kernel<E: Float>(
+    scratch: &[u32],
+    dlse: ComptimeOption<&Tensor<f32>>,
+    dbias: &mut [E],
+    shape: BiasShape,
+    terms: u32,
+    n: Numbers,
+    #[comptime] with_dlse: bool,
+    #[comptime] units: usize,
+    #[define(E)] _dtype: ElemType,
+) {
+    let element = CUBE_POS as u32;
+    if element >= shape.batch * shape.heads * shape.queries {
+        terminate!();
+    }
+    let mut partial = Shared::<[f32]>::new_slice(units);
+    let (own_i, own_head) = (element % shape.queries, element / shape.queries);
+    let (own_h, own_b) = (own_head % shape.heads, own_head / shape.heads);
+    let queries = select(shape.queries == 1, n.seq_q, 1u32);
+    let heads = n.heads_q / shape.heads;
+    let mut sum = 0.0f32;
+    let mut term = UNIT_POS;
+    while term < terms {
+        // Dimensions of size 1 are summed over, the others are the element's own.
+        let (i, head) = (own_i + term % queries, term / queries);
+        let (h, b) = (own_h + head % heads, own_b + head / heads);
+        let row = (b as usize * n.heads_q as usize + h as usize) * n.seq_q as usize + i as usize;
+        let lse = f32::reinterpret(scratch[n.lse_at + row]);
+        if !is_minus_infinity(lse) {
+            let mut share = 0.0f32;
+            if n.sinks_at != 0 {
+                let sink = f32::reinterpret(scratch[n.sinks_at + h as usize]);
+                share = (sink - lse).exp() * f32::reinterpret(scratch[n.norm_at + row]);
+            }
+            sum += f32::reinterpret(scratch[n.delta_at + row]) * share;
+            if with_dlse {
+                let dlse = dlse.unwrap();
+                sum += dlse[b as usize * dlse.stride(0) + h as usize * dlse.stride(1) + i as usize * dlse.stride(2)];
+            }
+        }
+        term += comptime!(units as u32);
+    }
+    partial[UNIT_POS as usize] = sum;
+    sync_cube();
+    if UNIT_POS == 0 {
+        let mut total = 0.0f32;
+        for unit in 0..units {
+            total += partial[unit];
+        }
+        dbias[element as usize] = E::cast_from(total);
+    }
+}
+
 /// What [`head_sums_kernel`] adds up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum HeadSum {

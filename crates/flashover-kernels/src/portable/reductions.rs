@@ -17,8 +17,10 @@ const PARAMETER_WORDS: usize = 1 << 23;
 pub(crate) struct Reductions {
     /// Partial sums of the slopes' gradient, one a query tile and head; 0 if it is not wanted.
     pub slope_partials: usize,
-    /// Parts that the sum of each element of the bias's gradient is taken in; 0 if it is not wanted.
+    /// Parts that the sum of each element of the bias's gradient is taken in, tile by tile; 0 if it is not.
     pub bias_parts: usize,
+    /// Whether the bias's gradient is wanted and a sum over whole rows, which their statistics tell.
+    pub bias_rows: bool,
     /// Cubes that take the gradient of the score function's parameters, each unit with sums of its own; 0 if it is not
     /// wanted.
     pub parameter_parts: usize,
@@ -32,6 +34,9 @@ impl Reductions {
         let query_tiles = seq_q.div_ceil(tile.rows());
         let slopes = wanted.alibi_slopes && problem.alibi;
         let bias = problem.bias.filter(|_| wanted.bias && batch * heads_q * seq_q * seq_kv > 0);
+        // A user's function comes after the bias, and its derivative differs from key to key.
+        let bias_rows = bias.is_some_and(|shape| shape[3] == 1) && problem.score.is_none();
+        let bias = bias.filter(|_| !bias_rows);
         let score = problem.score.filter(|_| wanted.score_parameters && batch * heads_q * seq_q * seq_kv > 0);
         let part = score.map_or(0, |score| score.parameters * tile.units());
         let parameter_parts = score.map_or(0, |_| {
@@ -39,6 +44,7 @@ impl Reductions {
             room.min(batch * heads_q * query_tiles)
         });
         Reductions {
+            bias_rows,
             parameter_parts,
             parameter_words: parameter_parts * part,
             slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
@@ -58,6 +64,11 @@ impl Reductions {
             parameters: self.parameter_words,
         }
     }
+}
+
+/// Rows whose sums make one element of the gradient of a bias of this shape that is the same for all keys.
+pub(super) fn bias_row_terms(problem: &Problem, [b, h, queries, _]: [usize; 4]) -> usize {
+    (problem.batch / b) * (problem.heads_q / h) * if queries == 1 { problem.seq_q } else { 1 }
 }
 
 /// Query tiles whose sums make one tile of the gradient of a bias of this shape.
