@@ -102,14 +102,24 @@ pub enum SelectError {
     },
 }
 
+/// Keys below which `Auto` leaves the matrix kernels: of their tiles of 64 keys or more nearly all would be empty, and the
+/// portable kernels do not round what a row of few keys consists of to 16 bits.
+const FEW_KEYS: usize = 16;
+
 /// Chooses a kernel and its configuration. A kernel asked for by name is that kernel or an error.
 pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) -> Result<Selection, SelectError> {
     let named = "it was asked for by name";
+    let nothing =
+        |why: KernelError| SelectError::Nothing { device: limits.name.clone(), kernel: Kernel::Portable, why };
     let refused = |kernel: Kernel| move |why: KernelError| SelectError::Named { kernel, why };
     match choice {
         KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
         KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
+        KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
+            let why_kernel = "few keys: a tile of a matrix product would be mostly empty";
+            select_portable(problem, limits, why_kernel).map_err(nothing)
+        }
         KernelChoice::Auto => {
             let hopper = select_hopper(problem, limits, "a Hopper GPU, and this element type");
             let mma = hopper.or_else(|faster| {
@@ -118,11 +128,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             });
             mma.or_else(|faster| {
                 let why_kernel = format!("the mma kernel cannot run ({faster})");
-                select_portable(problem, limits, &why_kernel).map_err(|why| SelectError::Nothing {
-                    device: limits.name.clone(),
-                    kernel: Kernel::Portable,
-                    why,
-                })
+                select_portable(problem, limits, &why_kernel).map_err(nothing)
             })
         }
     }
@@ -272,6 +278,16 @@ mod tests {
         assert!(error.contains("element type: expected one of [F16, BF16] on cuda, got F32"), "{error}");
         let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..ampere() }, Element::F16);
         assert!(error.contains("bytes of shared memory"), "{error}");
+    }
+
+    #[test]
+    fn few_keys_go_to_the_portable_kernels() {
+        for (seq_kv, kernel) in [(0, Kernel::Portable), (15, Kernel::Portable), (16, Kernel::Hopper)] {
+            let kv = [1, 2, seq_kv, 64];
+            let problem = Problem::new([1, 2, 300, 64], kv, kv, Element::F16).unwrap();
+            let auto = select(&problem, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, kernel, "{seq_kv}: {}", auto.reason);
+        }
     }
 
     #[test]

@@ -44,8 +44,11 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, cfg: HopperConfig)
 }
 
 /// Whether the copy engine can read a tensor of 16-bit elements where it lies: rows without gaps, at multiples of 16 bytes.
-/// A tensor that it cannot read must be copied first.
+/// A tensor that it cannot read must be copied first. Of an empty tensor nothing is read.
 pub fn reads_in_place(tensor: &DeviceTensor) -> bool {
+    if tensor.elements() == 0 {
+        return true;
+    }
     let size = tensor.elem.size();
     let last = tensor.shape.len() - 1;
     let strides = tensor.strides.iter().zip(&tensor.shape).enumerate();

@@ -25,11 +25,6 @@ pub fn forward(
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), cfg)?;
     check_operands(problem, operands)?;
-    for (operand, tensor) in [("q", &operands.q), ("k", &operands.k), ("v", &operands.v)] {
-        if !reads_in_place(tensor) {
-            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
-        }
-    }
     check_plan(problem, plan)?;
     let elem = element_type(problem.element);
     let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
@@ -38,6 +33,11 @@ pub fn forward(
         return Ok((o, lse));
     }
     let (problem, operands) = visible_part(problem, operands);
+    for (operand, tensor) in [("q", &operands.q), ("k", &operands.k), ("v", &operands.v)] {
+        if !reads_in_place(tensor) {
+            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
+        }
+    }
     let layout = Layout::of(&problem, None);
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
