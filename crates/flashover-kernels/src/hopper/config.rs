@@ -29,7 +29,7 @@ pub struct HopperConfig {
     pub value_dim: usize,
     /// Tiles of keys, and of values, in flight.
     pub stages: usize,
-    /// Whether only position and length hide and only a positive scale changes a score: what else there is costs registers.
+    /// Whether only a positive scale changes a score, and no dense mask hides: what else there is costs registers.
     pub plain: bool,
     /// Whether a block plan lists the tiles.
     pub listed: bool,
@@ -41,7 +41,7 @@ impl HopperConfig {
         let Problem { head_dim, value_dim, softcap, alibi, bias, mask, plan, learned_sinks, dropout, scale, .. } =
             *problem;
         let shaped = softcap.is_some() || alibi || bias.is_some() || learned_sinks || scale <= 0.0;
-        let plain = !(shaped || mask.is_some() || plan.is_some() || dropout.is_some());
+        let plain = !(shaped || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim).unwrap_or(dim);
         let config = HopperConfig {
             consumers: 2,
@@ -58,11 +58,11 @@ impl HopperConfig {
             ..=192 => (96, "registers hold the scores of 96 keys beside the output"),
             _ => (64, "registers hold the scores of 64 keys beside the output"),
         };
-        // A plan's tiles are powers of 2.
-        if plan.is_some() && bk == 96 {
-            (HopperConfig { bk: 64, ..config }, "whole tiles of the plan")
-        } else {
-            (HopperConfig { bk, ..config }, why)
+        match plan {
+            Some(plan) if !(plan.tile.bk as usize).is_multiple_of(bk) => {
+                (HopperConfig { bk: 64, ..config }, "whole tiles of the plan")
+            }
+            _ => (HopperConfig { bk, ..config }, why),
         }
     }
 

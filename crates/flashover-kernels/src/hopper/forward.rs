@@ -458,7 +458,7 @@ fn weigh<E: Float, N: Size>(
         shape_scores::<E, N>(s, place, step, at, bias, n, with_bias, cfg.bk);
     }
     if masked && !step.full {
-        hide::<N>(s, place, step, at, scratch, n, cfg.plain, cfg.bk);
+        hide::<N>(s, place, step, at, scratch, n, comptime!(!cfg.plain || cfg.listed), cfg.bk);
     }
     softmax_tile::<N>(s, rows, factor, cfg.plain, cfg.bk);
     if comptime!(!cfg.plain) {

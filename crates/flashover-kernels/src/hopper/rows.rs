@@ -52,7 +52,7 @@ pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) ->
     RowState { m0: m, m1: m, l0: l, l1: l, grow0: 1.0f32, grow1: 1.0f32 }
 }
 
-/// Scores that a query does not see become −∞. `plain`: only position and length hide.
+/// Scores that a query does not see become −∞. Without `with_bits` only position and length hide.
 #[cube]
 pub(crate) fn hide<N: Size>(
     s: &mut Accumulator<N>,
@@ -61,7 +61,7 @@ pub(crate) fn hide<N: Size>(
     at: Head,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] plain: bool,
+    #[comptime] with_bits: bool,
     #[comptime] bk: usize,
 ) {
     #[unroll]
@@ -80,7 +80,7 @@ pub(crate) fn hide<N: Size>(
             s.insert(e, select(seen, s.extract(e), n.minus_infinity));
         }
     }
-    if comptime!(!plain) {
+    if with_bits {
         if n.mask_at != 0 || step.bits != 0 {
             hide_bits::<N>(s, place, step, at, scratch, n, bk);
         }
