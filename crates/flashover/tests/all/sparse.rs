@@ -147,8 +147,12 @@ fn options(n: usize, plain: Problem) -> Problem {
 
 const GPU_TILES: [(u32, u32); 3] = [(32, 32), (64, 32), (32, 64)];
 
-fn gpu_case(n: usize, element: Element, rng: &mut Rng) -> SparseCase {
-    let (bq, bk) = GPU_TILES[n % GPU_TILES.len()];
+/// Tiles that the matrix kernels walk.
+#[cfg(feature = "cuda")]
+const MATRIX_TILES: [(u32, u32); 3] = [(128, 128), (128, 64), (256, 128)];
+
+fn gpu_case(n: usize, element: Element, tiles: [(u32, u32); 3], rng: &mut Rng) -> SparseCase {
+    let (bq, bk) = tiles[n % tiles.len()];
     let heads = [[1, 2, 1], [2, 2, 2], [1, 4, 2], [2, 1, 1]][n % 4];
     // At least eight tiles a side, ending within one or with one.
     let length =
@@ -167,7 +171,21 @@ fn random_combinations_agree_on_the_gpu() {
     };
     let count = std::env::var("FLASHOVER_SPARSE_GPU").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
     let mut rng = Rng::new(4);
-    let cases = (0..count).map(|n| (format!("combination {n}"), gpu_case(n, Element::F32, &mut rng)));
+    let cases = (0..count).map(|n| (format!("combination {n}"), gpu_case(n, Element::F32, GPU_TILES, &mut rng)));
+    all_agree(cases, &[device]);
+}
+
+/// On what the matrix kernels run on; on a software GPU these would be hours.
+#[cfg(feature = "cuda")]
+#[test]
+fn matrix_kernels_agree_under_a_plan() {
+    let device = devices::gpu().expect("a CUDA build has one");
+    let mut rng = Rng::new(6);
+    let elements = [Element::BF16, Element::F16];
+    let cases = (0..48).map(|n| {
+        let case = gpu_case(n, elements[n / 3 % 2], MATRIX_TILES, &mut rng);
+        (format!("combination {n}"), case)
+    });
     all_agree(cases, &[device]);
 }
 
@@ -190,7 +208,7 @@ fn every_kind_of_mask_agrees_on_the_gpu() {
 fn compositions_agree() {
     for (name, device) in devices::chunked() {
         let mut rng = Rng::new(6);
-        let cases = (0..16).map(|n| (format!("{name} {n}"), gpu_case(n, Element::F32, &mut rng)));
+        let cases = (0..16).map(|n| (format!("{name} {n}"), gpu_case(n, Element::F32, GPU_TILES, &mut rng)));
         all_agree(cases, &[device]);
     }
 }
@@ -290,7 +308,7 @@ fn a_plan_can_come_from_a_tensor() {
 fn non_finite_operands_reach_only_what_a_plan_shows() {
     let mut rng = Rng::new(7);
     for n in 0..8 {
-        let case = gpu_case(n, Element::F32, &mut rng);
+        let case = gpu_case(n, Element::F32, GPU_TILES, &mut rng);
         // As the other test of non-finite operands: without dropout, of which the oracle keeps 0 · NaN.
         let problem = Problem { dropout: None, ..case.case.problem.clone() };
         let mut inputs = Inputs::random(&problem, n as u64);
