@@ -121,7 +121,13 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
         KernelChoice::Auto => {
-            let hopper = select_hopper(problem, limits, "a Hopper GPU, and this element type");
+            let hopper = match problem.plan {
+                // The Hopper kernel takes plans; its Partial tiles await their run of `matrix_kernels_agree_under_a_plan`.
+                Some(_) => Err("a block plan".to_string()),
+                None => {
+                    select_hopper(problem, limits, "a Hopper GPU, and this element type").map_err(|e| e.to_string())
+                }
+            };
             let mma = hopper.or_else(|faster| {
                 let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
                 select_mma(problem, limits, &why)
@@ -320,9 +326,15 @@ mod tests {
         );
         assert!(error(&problem(300, Element::F32), &h200()).contains("expected one of [F16, BF16] on cuda, got F32"));
         let plan = PlanShape { tile: TileSize { bq: 64, bk: 64 }, words: 16, points: 1 };
-        let planned = Problem { plan: Some(plan), ..even };
+        let planned = Problem { plan: Some(plan), ..even.clone() };
         assert!(error(&planned, &h200()).contains("plan: expected tiles of a multiple of [128, 64]"));
-        assert_eq!(select(&planned, &h200(), KernelChoice::Auto).unwrap().kernel, Kernel::Mma);
+        let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
+        let whole = Problem { plan: Some(whole), ..even };
+        assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
+        for planned in [planned, whole] {
+            let auto = select(&planned, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
+        }
     }
 
     #[test]
