@@ -125,7 +125,8 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     } else {
         registers_increase(registers);
         let group = UNIT_POS / comptime!(WARPGROUP as u32) - 1;
-        let leader = UNIT_POS % 32 == 0;
+        let lane = UNIT_POS % 32;
+        let leader = lane == 0;
         let gates = Gates {
             q_full: addresses(&q_full, 1usize),
             k_full: addresses(&k_full, cfg.stages),
