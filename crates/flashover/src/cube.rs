@@ -54,7 +54,8 @@ impl AttentionBackend for CubeBackend {
         let place = Place::of(&q);
         let selection = selection(&plan);
         let operands = operands(q, k, v, extras);
-        let blocks = place.blocks(&plan);
+        let (problem, blocks) = (&plan.problem, place.blocks(&plan));
+        let blocks = blocks.as_ref();
         let outputs = Outputs {
             o: on_device(o),
             lse: on_device(lse),
@@ -63,11 +64,9 @@ impl AttentionBackend for CubeBackend {
         };
         let gradients = match selection.kernel {
             Kernel::Portable => {
-                let (problem, blocks) = (&plan.problem, blocks.as_ref());
                 portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config)
             }
             Kernel::Mma | Kernel::Hopper => {
-                let (problem, blocks) = (&plan.problem, blocks.as_ref());
                 let of_operands = wanted.operands();
                 let tiles = matrix_tiles(selection);
                 mma::backward(&place.client, problem, &operands, &outputs, blocks, of_operands, tiles).and_then(|of| {
@@ -111,18 +110,12 @@ fn forward(
         _ => (q, k, v),
     };
     let operands = operands(q, k, v, extras);
-    let blocks = place.blocks(plan);
+    let (problem, blocks) = (&plan.problem, place.blocks(plan));
+    let blocks = blocks.as_ref();
     let outputs = match selection.kernel {
-        Kernel::Portable => {
-            let (problem, blocks) = (&plan.problem, blocks.as_ref());
-            portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config)
-        }
-        Kernel::Mma => {
-            let (problem, blocks) = (&plan.problem, blocks.as_ref());
-            mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection))
-        }
+        Kernel::Portable => portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config),
+        Kernel::Mma => mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection)),
         Kernel::Hopper => {
-            let (problem, blocks) = (&plan.problem, blocks.as_ref());
             let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");
             hopper::forward(&place.client, problem, &operands, blocks, with_lse, tiles)
         }

@@ -1,15 +1,17 @@
 //! What the launches of every kernel family have in common.
 
 use core::fmt::Display;
+use core::ops::ControlFlow;
 
 use cubecl::prelude::*;
 use cubecl::server::CubeCountSelection;
 
+use super::checks::{check_operands, check_plan};
 use super::element::NumbersLaunch;
-use super::scratch::Layout;
+use super::scratch::{self, Layout};
 use super::tile_shape::TileShape;
 use super::walk::Side;
-use crate::device::DeviceTensor;
+use crate::device::{DeviceTensor, KernelError, element_type};
 use crate::launch_log::{self, Launch};
 use crate::operands::Operands;
 use crate::problem::Problem;
@@ -31,6 +33,55 @@ pub struct Outputs {
     pub do_: DeviceTensor,
     /// Gradient of `lse`, f32, if the loss depends on it.
     pub dlse: Option<DeviceTensor>,
+}
+
+/// A forward whose operands were checked, with everything that a launch needs.
+pub(crate) struct Forward {
+    pub problem: Problem,
+    pub operands: Operands<DeviceTensor>,
+    pub layout: Layout,
+    pub scratch: DeviceTensor,
+    pub o: DeviceTensor,
+    pub lse: Option<DeviceTensor>,
+}
+
+impl Forward {
+    /// Holds the operands against the problem, allocates what is returned and builds the scratch buffer. Without queries
+    /// there is nothing to launch: then the outputs are all there is.
+    pub fn prepare(
+        client: &Client,
+        problem: &Problem,
+        operands: &Operands<DeviceTensor>,
+        plan: Option<&DeviceTensor>,
+        with_lse: bool,
+    ) -> Result<ControlFlow<(DeviceTensor, Option<DeviceTensor>), Self>, KernelError> {
+        check_operands(problem, operands)?;
+        check_plan(problem, plan)?;
+        let o = DeviceTensor::empty(client, &problem.output_shape(), element_type(problem.element));
+        let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
+        if problem.is_empty() {
+            return Ok(ControlFlow::Break((o, lse)));
+        }
+        let (problem, operands) = visible_part(problem, operands);
+        let layout = Layout::of(&problem, None);
+        let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+        let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
+        Ok(ControlFlow::Continue(Forward { problem, operands, layout, scratch, o, lse }))
+    }
+
+    /// How many buffers are bound and how wide their indices are.
+    pub fn binding_facts(&self) -> (usize, AddressType) {
+        let Forward { operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = self;
+        binding_facts([q, k, v, o].into_iter().chain(bias).chain([scratch]).chain(lse))
+    }
+
+    pub fn launcher<'a>(&self, client: &'a Client) -> Launcher<'a> {
+        Launcher { client, scratch_bytes: self.layout.bytes() }
+    }
+
+    pub fn numbers(&self) -> NumbersLaunch {
+        numbers(&self.problem, &self.layout)
+    }
 }
 
 /// What all launches of one call share.

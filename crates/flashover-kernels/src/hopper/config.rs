@@ -2,7 +2,7 @@
 
 use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
-use crate::problem::Problem;
+use crate::problem::{Element, Problem};
 
 /// Elements of a row of a piece: 128 bytes, the width that the copy engine swizzles.
 pub(crate) const PIECE: usize = 64;
@@ -19,6 +19,8 @@ const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 /// Shape of a forward: known when a kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HopperConfig {
+    /// Element type of the operands.
+    pub element: Element,
     /// Warpgroups that compute, of 64 queries each.
     pub consumers: usize,
     /// Keys of a tile.
@@ -38,12 +40,25 @@ pub struct HopperConfig {
 impl HopperConfig {
     /// Tiles for a problem whose head dimensions are multiples of 8, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
-        let Problem { head_dim, value_dim, softcap, alibi, bias, mask, plan, learned_sinks, dropout, scale, .. } =
-            *problem;
+        let Problem {
+            head_dim,
+            value_dim,
+            softcap,
+            alibi,
+            bias,
+            mask,
+            plan,
+            learned_sinks,
+            dropout,
+            scale,
+            element,
+            ..
+        } = *problem;
         let shaped = softcap.is_some() || alibi || bias.is_some() || learned_sinks || scale <= 0.0;
         let plain = !(shaped || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim).unwrap_or(dim);
         let config = HopperConfig {
+            element,
             consumers: 2,
             bk: 128,
             head_dim: padded(head_dim),
@@ -106,7 +121,7 @@ impl HopperConfig {
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
     pub(crate) const fn registers(&self) -> (u32, u32) {
         match self.consumers {
-            1 | 2 => (240, 24),
+            2 => (240, 24),
             _ => (160, 32),
         }
     }
@@ -131,7 +146,6 @@ impl core::fmt::Display for HopperConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Element;
 
     /// Shared memory of a cube of an H100.
     const SHARED: usize = 232_448;

@@ -11,8 +11,8 @@ use cubecl::prelude::*;
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_of, value_text,
-    wait_after_text, wait_products, wait_products_after, wait_text,
+    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_text, wait_after_text,
+    wait_products, wait_products_after, wait_text,
 };
 use super::ring::{Ring, address_at, addresses, advance, barriers, ring_start};
 use super::rows::{
@@ -20,6 +20,7 @@ use super::rows::{
     store_rows,
 };
 use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::value_of;
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
 
 /// A persistent grid: cube `c` takes work `c`, `c + cubes`, …. `factor` takes scores to logarithms of base 2.
@@ -38,7 +39,6 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     factor: f32,
     #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
-    #[comptime] ty: String,
     #[comptime] cfg: HopperConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -141,8 +141,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         let tiles =
             Tiles { q: descriptor(q_at + group * comptime!((ROWS * 2 * PIECE) as u32), 16u32), k: k_at, v: v_at };
         let [ns, no, np] = comptime!(cfg.lanes());
-        let pair = comptime!(format!("{ty}x2"));
-        let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
+        let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
         let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
         let output_done = comptime!(wait_text(no, cfg.value_dim, 0));
         let both = comptime!(2 * WARPGROUP as u32);
@@ -170,7 +169,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                     barrier_wait(address_at(&gates.q_full, 0u32, 1usize), q_parity);
                     q_parity ^= 1u32;
                     barrier_wait(address_at(&gates.k_full, ring.stage, cfg.stages), ring.parity);
-                    let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
+                    let flying = scores::<NS>(tiles, ring.stage, cfg);
                     let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
                     barrier_arrive(address_at(&gates.k_free, ring.stage, cfg.stages), leader);
                     weigh::<E, NS>(
@@ -187,7 +186,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                         true,
                         cfg,
                     );
-                    let mut p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
+                    let mut p = pack_weights::<NS, NP>(s, cfg.element, cfg.bk);
                     cursor.t += 1;
                     seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
                     while cursor.t < walk.steps {
@@ -212,7 +211,6 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                                 leader,
                                 with_bias,
                                 false,
-                                ty.clone(),
                                 cfg,
                             );
                         } else {
@@ -234,7 +232,6 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                                 leader,
                                 with_bias,
                                 true,
-                                ty.clone(),
                                 cfg,
                             );
                         }
@@ -251,7 +248,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                 }
                 let (l0, l1) = rows_finish(rows);
                 let first_row = own.head as usize * n.seq_q as usize;
-                store_rows::<NO>(out, l0, l1, place, first_row, o, n, comptime!(pair.clone()).as_str(), cfg.value_dim);
+                store_rows::<NO>(out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim);
                 if with_lse {
                     if place.column == 0 {
                         let (x0, x1) = (row_lse(rows.m0, l0, factor, n), row_lse(rows.m1, l1, factor, n));
@@ -300,16 +297,11 @@ struct Tiles {
 
 /// Issues the scores of the key tile in a stage.
 #[cube]
-fn scores<NS: Size>(
-    tiles: Tiles,
-    stage: u32,
-    #[comptime] ty: String,
-    #[comptime] cfg: HopperConfig,
-) -> Accumulator<NS> {
+fn scores<NS: Size>(tiles: Tiles, stage: u32, #[comptime] cfg: HopperConfig) -> Accumulator<NS> {
     let [ns, _, _] = comptime!(cfg.lanes());
     let [_, k_len, _] = comptime!(cfg.elements());
     let (piece_q, piece_k) = comptime!((cfg.bq() * 2 * PIECE, cfg.bk * 2 * PIECE));
-    let text = comptime!(score_text(ns, cfg.bk, cfg.head_dim, piece_q, piece_k, &ty));
+    let text = comptime!(score_text(ns, cfg.bk, cfg.head_dim, piece_q, piece_k, cfg.element.name()));
     let k = descriptor(tiles.k + stage * comptime!(2 * k_len as u32), 16u32);
     issue_scores::<NS>(tiles.q, k, comptime!(text.clone()).as_str())
 }
@@ -341,21 +333,19 @@ fn next_tile<E: Float, NS: Size, NO: Size, NP: Size>(
     leader: bool,
     #[comptime] with_bias: bool,
     #[comptime] masked: bool,
-    #[comptime] ty: String,
     #[comptime] cfg: HopperConfig,
 ) {
     let [ns, no, np] = comptime!(cfg.lanes());
-    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, &ty));
+    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
     let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
     let output_done = comptime!(wait_after_text(no, cfg.value_dim, 0));
-    let pair = comptime!(format!("{ty}x2"));
     let both = comptime!(2 * WARPGROUP as u32);
     let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
     advance(ring, comptime!(cfg.stages as u32));
     barrier_wait(address_at(&gates.k_full, ring.stage, cfg.stages), ring.parity);
     barrier_wait(address_at(&gates.v_full, stage, cfg.stages), parity);
     named_wait(1 + group, both);
-    let flying = scores::<NS>(tiles, ring.stage, ty.clone(), cfg);
+    let flying = scores::<NS>(tiles, ring.stage, cfg);
     let v_matrix = value_matrix(tiles, stage, cfg);
     let filling = issue_values::<NO, NP>(*out, *p, v_matrix, comptime!(to_output.clone()).as_str());
     named_arrive(select(group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + group), both);
@@ -366,7 +356,7 @@ fn next_tile<E: Float, NS: Size, NO: Size, NP: Size>(
     *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
     barrier_arrive(address_at(&gates.v_free, stage, cfg.stages), leader);
     rescale::<NO>(out, rows.grow0, rows.grow1, cfg.value_dim);
-    *p = pack_weights::<NS, NP>(s, comptime!(pair.clone()).as_str(), cfg.bk);
+    *p = pack_weights::<NS, NP>(s, cfg.element, cfg.bk);
 }
 
 /// Where a warp stands in a walk: at tile `t`, which `step` tells about.

@@ -1,17 +1,17 @@
 //! From a problem and its operands to launches.
 
+use core::ops::ControlFlow;
+
 use cubecl::prelude::*;
 
 use super::checks::{check_limits, reads_in_place};
 use super::config::{HopperConfig, PIECE};
 use super::forward::forward_kernel;
-use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
-use crate::family::checks::{check_operands, check_plan};
-use crate::family::launcher::{Launcher, binding_facts, cubes_of, numbers, visible_part};
-use crate::family::scratch::{self, Layout};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
+use crate::family::launcher::{Forward, cubes_of};
 use crate::family::walk::Side;
 use crate::operands::Operands;
-use crate::problem::{Element, Problem};
+use crate::problem::Problem;
 
 /// Attention forward, as [`portable::forward`](crate::portable::forward). `q`, `k` and `v` are tensors that the copy engine
 /// [`reads_in_place`].
@@ -24,34 +24,22 @@ pub fn forward(
     cfg: HopperConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), cfg)?;
-    check_operands(problem, operands)?;
-    check_plan(problem, plan)?;
-    let elem = element_type(problem.element);
-    let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
-    let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
-    if problem.is_empty() {
-        return Ok((o, lse));
-    }
-    let (problem, operands) = visible_part(problem, operands);
-    for (operand, tensor) in [("q", &operands.q), ("k", &operands.k), ("v", &operands.v)] {
+    let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
+        ControlFlow::Continue(call) => call,
+        ControlFlow::Break(outputs) => return Ok(outputs),
+    };
+    let launcher = call.launcher(client);
+    let (bindings, address) = call.binding_facts();
+    let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
+    for (operand, tensor) in [("q", q), ("k", k), ("v", v)] {
         if !reads_in_place(tensor) {
             return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
         }
     }
-    let layout = Layout::of(&problem, None);
-    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
-    let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
-    let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
-    let (bindings, address) = binding_facts(bound);
     launcher.note("forward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
-    let works = cubes_of(&problem, Side::Queries, cfg.shape());
+    let works = cubes_of(problem, Side::Queries, cfg.shape());
     let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
     let [ns, no, np] = cfg.lanes();
-    let ty = match problem.element {
-        Element::F16 => "f16",
-        _ => "bf16",
-    };
     let scale = if cfg.plain { problem.scale as f32 } else { 1.0 };
     // SAFETY: the copy engine keeps to the shapes, which `check_operands` held against the problem; rows and keys are tested.
     unsafe {
@@ -60,28 +48,27 @@ pub fn forward(
             CubeCount::Static(works.min(multiprocessors) as u32, 1, 1),
             CubeDim::new_1d(cfg.units() as u32),
             address,
-            tiles(&operands.q, cfg.bq()),
-            tiles(&operands.k, cfg.bk),
-            tiles(&operands.v, cfg.bk),
-            operands.bias.as_ref().map(DeviceTensor::arg).into(),
+            tiles(q, cfg.bq()),
+            tiles(k, cfg.bk),
+            tiles(v, cfg.bk),
+            bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
             BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 8),
             lse.as_ref().map(DeviceTensor::buffer).into(),
-            numbers(&problem, &layout),
+            call.numbers(),
             works as u32,
-            section(&problem) as u32,
+            section(problem) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
             with_lse,
-            ty.to_string(),
             cfg,
-            elem,
+            q.elem,
             ns,
             no,
             np,
         );
     }
-    Ok((o, lse))
+    Ok((call.o, call.lse))
 }
 
 /// Bytes of keys and values that a section of heads may take of the second-level cache.

@@ -7,15 +7,11 @@
 use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
+use crate::family::ptx::value_of;
+
 /// Accumulators of a warpgroup's 64 rows: `n / 2` registers of each thread for `n` columns. Register `e` of thread `t`
 /// is row `16·(t / 32) + (t % 32) / 4 + 8·((e / 2) % 2)` and column `8·(e / 4) + 2·(t % 4) + e % 2`.
 pub(crate) type Accumulator<N> = Vector<f32, N>;
-
-/// What a variable holds now. A block of PTX would take its address, and a plain `let` another name for it.
-#[cube]
-pub(crate) fn value_of<T: CubePrimitive>(x: T) -> T {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
 
 /// Address of shared memory in its own window.
 #[cube]
@@ -94,28 +90,6 @@ pub(crate) fn registers_decrease(#[comptime] count: u32) {
 #[cube]
 pub(crate) fn registers_increase(#[comptime] count: u32) {
     gpu_asm!("setmaxnreg.inc.sync.aligned.u32 {count};");
-}
-
-/// 2 to the power of `x`, to 2 units in the last place; subnormal results are 0.
-#[cube]
-pub(crate) fn exp2(x: f32) -> f32 {
-    let x = value_of::<f32>(x);
-    let y: f32;
-    gpu_asm!("ex2.approx.ftz.f32 {y}, {x};", y = out(_) y, x = in(_) x, options(pure, nomem));
-    y
-}
-
-/// Two numbers as a pair of the 16-bit type named in `pair` (`f16x2` or `bf16x2`), `low` in the lower half.
-#[cube]
-pub(crate) fn pack(low: f32, high: f32, #[comptime] pair: &str) -> u32 {
-    let low = value_of::<f32>(low);
-    let high = value_of::<f32>(high);
-    let y: u32;
-    gpu_asm!(
-        "cvt.rn.{pair}.f32 {y}, {high}, {low};",
-        y = out(_) y, high = in(_) high, low = in(_) low, options(pure, nomem),
-    );
-    y
 }
 
 /// Descriptor of a matrix in shared memory whose rows are 128 bytes and swizzled as the copy engine does it, groups of

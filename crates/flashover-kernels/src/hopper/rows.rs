@@ -4,11 +4,13 @@
 
 use cubecl::prelude::*;
 
-use super::ptx::{Accumulator, exp2, pack, value_of};
+use super::ptx::Accumulator;
 use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position, row_hash};
+use crate::family::ptx::{exp2, pack, value_of};
 use crate::family::walk::Step;
+use crate::problem::Element;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 use crate::softmax::softmax_init_sink;
 
@@ -304,13 +306,13 @@ fn drop_elements<N: Size>(
 #[cube]
 pub(crate) fn pack_weights<N: Size, P: Size>(
     s: Accumulator<N>,
-    #[comptime] pair: &str,
+    #[comptime] element: Element,
     #[comptime] bk: usize,
 ) -> Vector<u32, P> {
     let mut p = Vector::<u32, P>::new(0u32);
     #[unroll]
     for x in 0..comptime!(bk / 4) {
-        p.insert(x, pack(s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)), pair));
+        p.insert(x, pack(s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)), element));
     }
     p
 }
@@ -344,7 +346,7 @@ pub(crate) fn store_rows<N: Size>(
     first_row: usize,
     o: &mut [Vector<u32, Const<4>>],
     n: Numbers,
-    #[comptime] pair: &str,
+    #[comptime] element: Element,
     #[comptime] dim: usize,
 ) {
     let lane = place.column / 2;
@@ -362,7 +364,7 @@ pub(crate) fn store_rows<N: Size>(
             for x in 0..4usize {
                 let e = comptime!(4 * (4 * quad + x) + 2 * r);
                 let (low, high) = (acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm);
-                own[x] = select(seen, pack(low, high, pair), 0u32);
+                own[x] = select(seen, pack(low, high, element), 0u32);
             }
             // First between threads two apart, then between neighbours: thread t ends with group t of the four.
             let upper = lane >= 2;

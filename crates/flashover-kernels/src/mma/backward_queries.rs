@@ -10,12 +10,13 @@ use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::forward::{LOG2_E, load_keys};
 use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
-use super::ptx::{Fragment, Sums, commit_copies, exp2, row_sum, shared_address, wait_copies};
+use super::ptx::{Fragment, Sums, commit_copies, row_sum, shared_address, wait_copies};
 use super::scores::{hide, query_and_key, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
+use crate::family::ptx::exp2;
 use crate::family::walk::{Side, key_walk, work_of};
 
 /// One cube a query tile and head. Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`.

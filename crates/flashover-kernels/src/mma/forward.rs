@@ -12,12 +12,13 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, MmaTile, ROWS, STAGES, WARP};
 use super::products::{accumulate, product};
-use super::ptx::{Fragment, Sums, any_lane, commit_copies, exp2, row_maximum, row_sum, shared_address, wait_copies};
+use super::ptx::{Fragment, Sums, any_lane, commit_copies, row_maximum, row_sum, shared_address, wait_copies};
 use super::scores::{all_scores, hide, place, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
+use crate::family::ptx::exp2;
 use crate::family::walk::{Side, key_walk, work_of};
 
 /// `log₂ e`: exponentials are taken to the base 2.

@@ -9,8 +9,8 @@
 use cubecl::prelude::*;
 
 use super::forward::LOG2_E;
-use super::ptx::exp2;
 use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
+use crate::family::ptx::exp2;
 use crate::family::walk::Step;
 
 /// What is known of a query.

@@ -1,5 +1,7 @@
 //! From a problem and its operands to launches.
 
+use core::ops::ControlFlow;
+
 use cubecl::prelude::*;
 
 use super::backward_keys::backward_keys_kernel;
@@ -8,10 +10,10 @@ use super::checks::check_limits;
 use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
 use super::tile::padded;
-use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
 use crate::family::element::NumbersLaunch;
-use crate::family::launcher::{Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part};
+use crate::family::launcher::{Forward, Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers};
 use crate::family::scratch::{self, Layout, Partials, row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
@@ -30,28 +32,20 @@ pub fn forward(
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), config)?;
     let tile = config.forward;
-    check_operands(problem, operands)?;
-    check_plan(problem, plan)?;
-    let elem = element_type(problem.element);
-    let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
-    let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
-    if problem.is_empty() {
-        return Ok((o, lse));
-    }
-    let (problem, operands) = visible_part(problem, operands);
-    let layout = Layout::of(&problem, None);
-    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
-    let Operands { q, k, v, bias, .. } = &operands;
-    let bound = [q, k, v, &o].into_iter().chain(bias).chain([&scratch]).chain(&lse);
-    let (bindings, address) = binding_facts(bound);
-    launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(&problem), tile.units());
+    let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
+        ControlFlow::Continue(call) => call,
+        ControlFlow::Break(outputs) => return Ok(outputs),
+    };
+    let launcher = call.launcher(client);
+    let (bindings, address) = call.binding_facts();
+    let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
+    launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(problem), tile.units());
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem;
     // 16-byte accesses are made only where `Compiled` found rows aligned.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            launcher.cubes(cubes_of(&problem, Side::Queries, tile.shape())),
+            launcher.cubes(cubes_of(problem, Side::Queries, tile.shape())),
             tile.dim(),
             address,
             q.arg(),
@@ -61,14 +55,14 @@ pub fn forward(
             scratch.buffer(),
             o.buffer(),
             lse.as_ref().map(DeviceTensor::buffer).into(),
-            numbers(&problem, &layout),
+            call.numbers(),
             bias.is_some(),
             with_lse,
-            Compiled::of(&problem, tile, [q, k, v], None),
-            elem,
+            Compiled::of(problem, tile, [q, k, v], None),
+            q.elem,
         );
     }
-    Ok((o, lse))
+    Ok((call.o, call.lse))
 }
 
 /// Attention backward: those of `dq`, `dk` and `dv` that are [`Wanted`], contiguous, each in the shape and element type of its

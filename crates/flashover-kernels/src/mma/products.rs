@@ -3,8 +3,9 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, MmaTile, ROWS};
-use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma, pack};
+use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma};
 use super::tile::{DEPTH, PIECE, pitch};
+use crate::family::ptx::pack;
 use crate::problem::Element;
 
 /// `s = a · bᵀ` over `dim` elements: this warp's rows of `a` at [`row_place`](super::tile::row_place), the columns of the tile at

@@ -13,6 +13,7 @@
 
 use cubecl::prelude::*;
 
+use crate::family::ptx::value_of;
 use crate::problem::Element;
 
 /// Four registers of two elements: an A operand, or two B operands side by side.
@@ -21,36 +22,10 @@ pub(crate) type Fragment = Vector<u32, Const<4>>;
 /// A lane's part of a 16×8 block of sums.
 pub(crate) type Sums = Vector<f32, Const<4>>;
 
-/// Inline assembly takes a mutable variable by its address: these read it first.
-#[cube]
-fn sums_of(x: Sums) -> Sums {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
-
-#[cube]
-fn fragment_of(x: Fragment) -> Fragment {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
-
-#[cube]
-fn float_of(x: f32) -> f32 {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
-
-#[cube]
-fn word_of(x: u32) -> u32 {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
-
-#[cube]
-fn address_of(x: u64) -> u64 {
-    intrinsic!(|scope| x.read_value(scope).into())
-}
-
 /// `a · b + c` of a 16×16 and a 16×8 block.
 #[cube]
 pub(crate) fn mma(a: Fragment, b0: u32, b1: u32, c: Sums, #[comptime] element: Element) -> Sums {
-    let (a, b0, b1, c) = (fragment_of(a), word_of(b0), word_of(b1), sums_of(c));
+    let (a, b0, b1, c) = (value_of::<Fragment>(a), value_of::<u32>(b0), value_of::<u32>(b1), value_of::<Sums>(c));
     let kind = comptime!(element.name());
     let out: Sums;
     gpu_asm!(
@@ -63,7 +38,7 @@ pub(crate) fn mma(a: Fragment, b0: u32, b1: u32, c: Sums, #[comptime] element: E
 /// Four 8×8 blocks from shared memory; lane `l` names row `l % 8` of block `l / 8`.
 #[cube]
 pub(crate) fn load_matrix(address: u32, #[comptime] offset: usize) -> Fragment {
-    let address = word_of(address);
+    let address = value_of::<u32>(address);
     let out: Fragment;
     gpu_asm!(
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {out}, [{address}+{offset}];",
@@ -75,7 +50,7 @@ pub(crate) fn load_matrix(address: u32, #[comptime] offset: usize) -> Fragment {
 /// [`load_matrix`], each block transposed.
 #[cube]
 pub(crate) fn load_matrix_transposed(address: u32, #[comptime] offset: usize) -> Fragment {
-    let address = word_of(address);
+    let address = value_of::<u32>(address);
     let out: Fragment;
     gpu_asm!(
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {out}, [{address}+{offset}];",
@@ -84,32 +59,10 @@ pub(crate) fn load_matrix_transposed(address: u32, #[comptime] offset: usize) ->
     out
 }
 
-/// Two floats rounded to a register of two elements, `low` in front.
-#[cube]
-pub(crate) fn pack(low: f32, high: f32, #[comptime] element: Element) -> u32 {
-    let (low, high) = (float_of(low), float_of(high));
-    let kind = comptime!(element.name());
-    let out: u32;
-    gpu_asm!(
-        "cvt.rn.{kind}x2.f32 {out}, {high}, {low};",
-        out = out(_) out, high = in(_) high, low = in(_) low, options(pure, nomem),
-    );
-    out
-}
-
-/// `2ˣ`.
-#[cube]
-pub(crate) fn exp2(x: f32) -> f32 {
-    let x = float_of(x);
-    let out: f32;
-    gpu_asm!("ex2.approx.ftz.f32 {out}, {x};", out = out(_) out, x = in(_) x, options(pure, nomem));
-    out
-}
-
 /// `x` of the lane whose number differs by `mask`.
 #[cube]
 fn other_lane(x: f32, #[comptime] mask: usize) -> f32 {
-    let x = float_of(x);
+    let x = value_of::<f32>(x);
     let out: f32;
     gpu_asm!("shfl.sync.bfly.b32 {out}, {x}, {mask}, 31, -1;", out = out(_) out, x = in(_) x);
     out
@@ -132,7 +85,7 @@ pub(crate) fn row_sum(x: f32) -> f32 {
 /// Whether `x` holds in any lane of the warp.
 #[cube]
 pub(crate) fn any_lane(x: bool) -> bool {
-    let x = word_of(u32::cast_from(x));
+    let x = value_of::<u32>(u32::cast_from(x));
     let out: u32;
     gpu_asm!(
         "{{ .reg .pred holds; setp.ne.u32 holds, {x}, 0; vote.sync.any.pred holds, holds, -1; selp.u32 {out}, 1, 0, holds; }}",
@@ -144,8 +97,8 @@ pub(crate) fn any_lane(x: bool) -> bool {
 /// Starts copying 16 bytes to shared memory, or zeros where not `valid`.
 #[cube]
 pub(crate) fn copy_async(to: u32, #[comptime] offset: usize, from: u64, valid: bool) {
-    let (to, from) = (word_of(to), address_of(from));
-    let bytes = word_of(select(valid, 16u32, 0u32));
+    let (to, from) = (value_of::<u32>(to), value_of::<u64>(from));
+    let bytes = value_of::<u32>(select(valid, 16u32, 0u32));
     gpu_asm!(
         "cp.async.cg.shared.global [{to}+{offset}], [{from}], 16, {bytes};",
         to = in(_) to, from = in(_) from, bytes = in(_) bytes,
@@ -155,8 +108,8 @@ pub(crate) fn copy_async(to: u32, #[comptime] offset: usize, from: u64, valid: b
 /// [`copy_async`] of 4 bytes.
 #[cube]
 pub(crate) fn copy_word_async(to: u32, from: u64, valid: bool) {
-    let (to, from) = (word_of(to), address_of(from));
-    let bytes = word_of(select(valid, 4u32, 0u32));
+    let (to, from) = (value_of::<u32>(to), value_of::<u64>(from));
+    let bytes = value_of::<u32>(select(valid, 4u32, 0u32));
     gpu_asm!(
         "cp.async.ca.shared.global [{to}], [{from}], 4, {bytes};",
         to = in(_) to, from = in(_) from, bytes = in(_) bytes,
@@ -178,21 +131,21 @@ pub(crate) fn wait_copies(#[comptime] pending: usize) {
 /// Writes a register to shared memory.
 #[cube]
 pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
-    let (address, x) = (word_of(address), word_of(x));
+    let (address, x) = (value_of::<u32>(address), value_of::<u32>(x));
     gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
 }
 
 /// Writes 16 bytes to shared memory.
 #[cube]
 pub(crate) fn store_shared_16(address: u32, #[comptime] offset: usize, x: Fragment) {
-    let (address, x) = (word_of(address), fragment_of(x));
+    let (address, x) = (value_of::<u32>(address), value_of::<Fragment>(x));
     gpu_asm!("st.shared.v4.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
 }
 
 /// Reads 16 bytes from shared memory.
 #[cube]
 pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Fragment {
-    let address = word_of(address);
+    let address = value_of::<u32>(address);
     let out: Fragment;
     gpu_asm!("ld.shared.v4.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
     out
@@ -201,7 +154,7 @@ pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Fragmen
 /// Reads two floats from shared memory.
 #[cube]
 pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {
-    let address = word_of(address);
+    let address = value_of::<u32>(address);
     let out: Vector<f32, Const<2>>;
     gpu_asm!("ld.shared.v2.f32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
     out
@@ -210,7 +163,7 @@ pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vec
 /// Writes 16 bytes to global memory.
 #[cube]
 pub(crate) fn store_global_16(address: u64, x: Fragment) {
-    let (address, x) = (address_of(address), fragment_of(x));
+    let (address, x) = (value_of::<u64>(address), value_of::<Fragment>(x));
     gpu_asm!("st.global.v4.b32 [{address}], {x};", address = in(_) address, x = in(_) x);
 }
 

@@ -5,7 +5,8 @@
 
 use cubecl::prelude::*;
 
-use super::ptx::{Fragment, copy_async, global_address, pack, store_shared_16};
+use super::ptx::{Fragment, copy_async, global_address, store_shared_16};
+use crate::family::ptx::pack;
 use crate::problem::Element;
 
 /// Bytes of the largest access to memory.

@@ -4,7 +4,7 @@
 //! in 22.3.6 by `flashover`'s test `limits::loops_end_when_they_should`): a longer walk stops early, and its sums are
 //! wrong without a word. So such a walk is refused.
 
-use super::reductions::{Reductions, bias_row_terms, bias_terms};
+use super::reductions::{Reductions, bias_terms};
 use super::tile::{LANES, PIECE, STEP, TileConfig};
 use crate::family::launcher::SUM_UNITS;
 use crate::mask::Band;
@@ -27,13 +27,13 @@ pub(super) fn iterations(problem: &Problem, tile: TileConfig) -> usize {
         Reductions::of(problem, wanted, tile);
     let of_bias = problem.bias.filter(|_| bias_parts > 0).map_or(0, |shape| {
         let row = if shape[3] == 1 { seq_kv.div_ceil(tile.cols()) } else { 1 };
-        let terms = bias_terms(problem, shape, tile).div_ceil(bias_parts);
+        let terms = bias_terms(problem, shape, tile.rows()).div_ceil(bias_parts);
         terms * (1 + row * (1 + gradient)) + bias_parts + PIECE
     });
     let of_rows = problem
         .bias
         .filter(|_| bias_rows)
-        .map_or(0, |shape| bias_row_terms(problem, shape).div_ceil(SUM_UNITS) + SUM_UNITS);
+        .map_or(0, |shape| bias_terms(problem, shape, 1).div_ceil(SUM_UNITS) + SUM_UNITS);
     let of_parameters = problem.score.filter(|_| parameter_parts > 0).map_or(0, |score| {
         let query_tiles = (batch * heads_q * seq_q.div_ceil(tile.rows())).div_ceil(parameter_parts);
         let cleared_and_summed = score.parameters + (parameter_parts * tile.units()).div_ceil(SUM_UNITS);

@@ -1,5 +1,7 @@
 //! From a problem and its operands to launches.
 
+use core::ops::ControlFlow;
+
 use cubecl::prelude::*;
 
 use super::backward::{backward_keys_kernel, backward_queries_kernel};
@@ -9,14 +11,14 @@ use super::forward::forward_kernel;
 use super::parameters::{
     BiasShapeLaunch, HeadSum, bias_gradient_kernel, bias_rows_kernel, bias_sum_kernel, head_sums_kernel,
 };
-use super::reductions::{Reductions, bias_row_terms};
+use super::reductions::{Reductions, bias_terms};
 use super::score_parameters::{parameter_gradient_kernel, parameter_sum_kernel};
 use super::tile::TileConfig;
-use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
 use crate::family::element::NumbersLaunch;
 use crate::family::launcher::{
-    Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part, without_absent_scores,
+    Forward, Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part, without_absent_scores,
 };
 use crate::family::scratch::{self, Layout, row_statistics};
 use crate::family::walk::Side;
@@ -36,46 +38,38 @@ pub fn forward(
     tile: TileConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), tile)?;
-    check_operands(problem, operands)?;
-    check_plan(problem, plan)?;
-    let elem = element_type(problem.element);
-    let o = DeviceTensor::empty(client, &problem.output_shape(), elem);
-    let lse = with_lse.then(|| DeviceTensor::empty(client, &problem.lse_shape(), f32::elem_type_native()));
-    if problem.is_empty() {
-        return Ok((o, lse));
-    }
-    let (problem, operands) = visible_part(problem, operands);
-    let layout = Layout::of(&problem, None);
-    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
-    let bound = [&operands.q, &operands.k, &operands.v, &o].into_iter();
-    let bound = bound.chain(&operands.bias).chain([&scratch]).chain(&lse);
-    let (bindings, address) = binding_facts(bound);
+    let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
+        ControlFlow::Continue(call) => call,
+        ControlFlow::Break(outputs) => return Ok(outputs),
+    };
+    let launcher = call.launcher(client);
+    let (bindings, address) = call.binding_facts();
+    let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     tile.note(&launcher, "forward", bindings);
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            launcher.cubes(cubes_of(&problem, Side::Queries, tile.shape())),
+            launcher.cubes(cubes_of(problem, Side::Queries, tile.shape())),
             tile.dim(),
             address,
-            operands.q.arg(),
-            operands.k.arg(),
-            operands.v.arg(),
-            operands.bias.as_ref().map(DeviceTensor::arg).into(),
+            q.arg(),
+            k.arg(),
+            v.arg(),
+            bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
             o.buffer(),
             lse.as_ref().map(DeviceTensor::buffer).into(),
-            numbers(&problem, &layout),
+            call.numbers(),
             problem.bias.is_some(),
             with_lse,
-            function(&problem),
+            function(problem),
             tile.chunks(problem.value_dim),
             tile,
-            elem,
+            q.elem,
         );
     }
-    Ok((o, lse))
+    Ok((call.o, call.lse))
 }
 
 /// Attention backward: the gradients that are [`Wanted`], contiguous, each in the shape and element type of its operand.
@@ -333,7 +327,7 @@ impl Backward<'_> {
                 dlse.map(DeviceTensor::arg).into(),
                 dbias.buffer(),
                 BiasShapeLaunch::new(batch as u32, heads as u32, queries as u32, keys as u32),
-                bias_row_terms(self.problem, [batch, heads, queries, keys]) as u32,
+                bias_terms(self.problem, [batch, heads, queries, keys], 1) as u32,
                 self.numbers(),
                 dlse.is_some(),
                 SUM_UNITS,

@@ -211,7 +211,6 @@ pub(crate) fn bias_rows_kernel<E: Float>(
     if element >= shape.batch * shape.heads * shape.queries {
         terminate!();
     }
-    let mut partial = Shared::<[f32]>::new_slice(units);
     let (own_i, own_head) = (element % shape.queries, element / shape.queries);
     let (own_h, own_b) = (own_head % shape.heads, own_head / shape.heads);
     let queries = select(shape.queries == 1, n.seq_q, 1u32);
@@ -227,8 +226,7 @@ pub(crate) fn bias_rows_kernel<E: Float>(
         if !is_minus_infinity(lse) {
             let mut share = 0.0f32;
             if n.sinks_at != 0 {
-                let sink = f32::reinterpret(scratch[n.sinks_at + h as usize]);
-                share = (sink - lse).exp() * f32::reinterpret(scratch[n.norm_at + row]);
+                share = sink_share(lse, h as usize, row, scratch, n);
             }
             sum += f32::reinterpret(scratch[n.delta_at + row]) * share;
             if with_dlse {
@@ -238,15 +236,32 @@ pub(crate) fn bias_rows_kernel<E: Float>(
         }
         term += comptime!(units as u32);
     }
+    let total = sum_of_units(sum, units);
+    if UNIT_POS == 0 {
+        dbias[element as usize] = E::cast_from(total);
+    }
+}
+
+/// The learned sink's share of a row's denominator.
+#[cube]
+fn sink_share(lse: f32, head: usize, row: usize, scratch: &[u32], n: Numbers) -> f32 {
+    let sink = f32::reinterpret(scratch[n.sinks_at + head]);
+    (sink - lse).exp() * f32::reinterpret(scratch[n.norm_at + row])
+}
+
+/// The sum of what the units of a cube hold, in their order: the first unit's to use, 0 elsewhere.
+#[cube]
+pub(super) fn sum_of_units(sum: f32, #[comptime] units: usize) -> f32 {
+    let mut partial = Shared::<[f32]>::new_slice(units);
     partial[UNIT_POS as usize] = sum;
     sync_cube();
+    let mut total = 0.0f32;
     if UNIT_POS == 0 {
-        let mut total = 0.0f32;
         for unit in 0..units {
             total += partial[unit];
         }
-        dbias[element as usize] = E::cast_from(total);
     }
+    total
 }
 
 /// What [`head_sums_kernel`] adds up.
@@ -273,7 +288,6 @@ pub(crate) fn head_sums_kernel(
     if h >= n.heads_q as usize {
         terminate!();
     }
-    let mut partial = Shared::<[f32]>::new_slice(units);
     let mut sum = 0.0f32;
     for b in 0..n.batch {
         let base = (b as usize * n.heads_q as usize + h) * rows as usize;
@@ -284,8 +298,7 @@ pub(crate) fn head_sums_kernel(
                 HeadSum::Sinks => {
                     let lse = f32::reinterpret(scratch[n.lse_at + at]);
                     if !is_minus_infinity(lse) {
-                        let sink = f32::reinterpret(scratch[n.sinks_at + h]);
-                        let p = (sink - lse).exp() * f32::reinterpret(scratch[n.norm_at + at]);
+                        let p = sink_share(lse, h, at, scratch, n);
                         sum -= p * f32::reinterpret(scratch[n.delta_at + at]);
                     }
                 }
@@ -296,13 +309,8 @@ pub(crate) fn head_sums_kernel(
             x += comptime!(units as u32);
         }
     }
-    partial[UNIT_POS as usize] = sum;
-    sync_cube();
+    let total = sum_of_units(sum, units);
     if UNIT_POS == 0 {
-        let mut total = 0.0f32;
-        for unit in 0..units {
-            total += partial[unit];
-        }
         gradient[h] = total;
     }
 }

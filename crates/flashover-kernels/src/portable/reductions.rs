@@ -50,7 +50,7 @@ impl Reductions {
             slope_partials: if slopes { batch * heads_q * query_tiles } else { 0 },
             bias_parts: bias.map_or(0, |[b, h, queries, keys]| {
                 let tiles = b * h * queries.div_ceil(tile.rows()) * keys.div_ceil(tile.cols());
-                CUBES.div_ceil(tiles).min(bias_terms(problem, [b, h, queries, keys], tile))
+                CUBES.div_ceil(tiles).min(bias_terms(problem, [b, h, queries, keys], tile.rows()))
             }),
         }
     }
@@ -66,13 +66,8 @@ impl Reductions {
     }
 }
 
-/// Rows whose sums make one element of the gradient of a bias of this shape that is the same for all keys.
-pub(super) fn bias_row_terms(problem: &Problem, [b, h, queries, _]: [usize; 4]) -> usize {
-    (problem.batch / b) * (problem.heads_q / h) * if queries == 1 { problem.seq_q } else { 1 }
-}
-
-/// Query tiles whose sums make one tile of the gradient of a bias of this shape.
-pub(super) fn bias_terms(problem: &Problem, [b, h, queries, _]: [usize; 4], tile: TileConfig) -> usize {
+/// Pieces of `rows` queries whose sums make one element, or one tile of `rows` rows, of the gradient of a bias of this shape.
+pub(super) fn bias_terms(problem: &Problem, [b, h, queries, _]: [usize; 4], rows: usize) -> usize {
     let heads = (problem.batch / b) * (problem.heads_q / h);
-    heads * if queries == 1 { problem.seq_q.div_ceil(tile.rows()) } else { 1 }
+    heads * if queries == 1 { problem.seq_q.div_ceil(rows) } else { 1 }
 }

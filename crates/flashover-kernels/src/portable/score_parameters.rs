@@ -9,6 +9,7 @@
 use cubecl::prelude::*;
 
 use super::gradient::{Towards, operand_rows, score_gradients, statistics, two_products};
+use super::parameters::sum_of_units;
 use super::tile::{LANES, PIECE, TileConfig, V4, is_hidden, unit_place};
 use crate::family::element::{Numbers, head_of};
 use crate::family::score_function::function_parameter;
@@ -113,7 +114,6 @@ pub(crate) fn parameter_sum_kernel(
     if p >= n.parameters as usize {
         terminate!();
     }
-    let mut shared = Shared::<[f32]>::new_slice(units);
     let mut sum = 0.0f32;
     let mut x = UNIT_POS as usize;
     while x < parts as usize * tile_units {
@@ -122,13 +122,8 @@ pub(crate) fn parameter_sum_kernel(
         sum += f32::reinterpret(scratch[place]);
         x += units;
     }
-    shared[UNIT_POS as usize] = sum;
-    sync_cube();
+    let total = sum_of_units(sum, units);
     if UNIT_POS == 0 {
-        let mut total = 0.0f32;
-        for unit in 0..units {
-            total += shared[unit];
-        }
         gradient[p] = total;
     }
 }
