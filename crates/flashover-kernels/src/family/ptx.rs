@@ -23,11 +23,44 @@ pub(crate) fn pack(low: f32, high: f32, #[comptime] element: Element) -> u32 {
     out
 }
 
+/// The two elements of a register that [`pack`] filled, `(low, high)`.
+#[cube]
+pub(crate) fn unpack(pair: u32, #[comptime] element: Element) -> (f32, f32) {
+    if comptime!(element == Element::F16) {
+        (half_of(pair), half_of(pair >> 16))
+    } else {
+        // The upper half of a float.
+        (f32::reinterpret(pair << 16), f32::reinterpret(pair & 0xffff_0000u32))
+    }
+}
+
+/// The f16 in the lower half of a register.
+#[cube]
+fn half_of(pair: u32) -> f32 {
+    let pair = value_of::<u32>(pair);
+    let out: f32;
+    gpu_asm!(
+        "{{ .reg .b16 low, high; mov.b32 {{low, high}}, {pair}; cvt.f32.f16 {out}, low; }}",
+        out = out(_) out, pair = in(_) pair, options(pure, nomem),
+    );
+    out
+}
+
 /// `2ˣ`, to 2 units in the last place; subnormal results are 0.
 #[cube]
 pub(crate) fn exp2(x: f32) -> f32 {
     let x = value_of::<f32>(x);
     let out: f32;
     gpu_asm!("ex2.approx.ftz.f32 {out}, {x};", out = out(_) out, x = in(_) x, options(pure, nomem));
+    out
+}
+
+/// Where a tensor starts in global memory.
+#[cube]
+pub(crate) fn global_address<E: CubePrimitive>(tensor: &[E]) -> u64 {
+    // SAFETY: only the start is taken; rows and elements are tested against the tensor's shape before they are touched.
+    let pointer = unsafe { tensor.as_ptr_unchecked() };
+    let out: u64;
+    gpu_asm!("mov.u64 {out}, {p};", p = in(_) pointer, out = out(_) out);
     out
 }

@@ -119,8 +119,8 @@ pub(crate) fn sectioned_work(
 pub(crate) struct Walk {
     pub steps: u32,
     /// Without a plan: tiles `0 .. sink_tiles`, then those from `first` on.
-    sink_tiles: u32,
-    first: u32,
+    pub sink_tiles: u32,
+    pub first: u32,
     /// With a plan: where its Full and its Partial blocks are listed.
     full: u32,
     partial: u32,
@@ -267,6 +267,22 @@ pub(crate) fn query_walk(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[compt
         }
     }
     walk
+}
+
+/// Tile `t` of [`query_walk`] where there is no plan.
+#[cube]
+pub(crate) fn query_band_step(
+    walk: Walk,
+    t: u32,
+    j0: u32,
+    at: Head,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] tile: TileShape,
+) -> Step {
+    let i0 = (t + walk.first) * comptime!(tile.cols as u32);
+    let full = tile_is_full(i0, tile.cols, j0, tile.rows, at.keys, n, with_bias);
+    Step { i0, j0, full, empty: false, bits: 0usize, row_words: 0u32 }
 }
 
 /// Tile `t` of [`query_walk`].

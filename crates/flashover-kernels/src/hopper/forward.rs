@@ -16,14 +16,16 @@ use super::ptx::{
 };
 use super::ring::{Ring, address_at, addresses, advance, barriers, ring_start};
 use super::rows::{
-    Place, RowState, drop_weights, hide, pack_weights, rescale, rows_finish, rows_start, shape_scores, softmax_tile,
-    store_rows,
+    Place, RowState, drop_weights, hide, norms, pack_weights, rescale, rows_finish, rows_start, shape_scores,
+    softmax_tile,
 };
+use super::store::{Lines, store_lines};
 use crate::family::element::{Head, Numbers, head_of};
 use crate::family::ptx::value_of;
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
 
-/// A persistent grid: cube `c` takes work `c`, `c + cubes`, …. `factor` takes scores to logarithms of base 2.
+/// A persistent grid: cube `c` takes work `c`, `c + cubes`, …. `factor` takes scores to logarithms of base 2. `rest` receives what
+/// rounding takes from `o`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     q: &TensorMap<E, Tiled>,
@@ -33,12 +35,14 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     scratch: &[u32],
     o: &mut [Vector<u32, Const<4>>],
     mut lse: ComptimeOption<&mut [f32]>,
+    mut rest: ComptimeOption<Box<[Vector<u32, Const<4>>]>>,
     n: Numbers,
     works: u32,
     section: u32,
     factor: f32,
     #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
+    #[comptime] with_rest: bool,
     #[comptime] cfg: HopperConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -248,7 +252,13 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
                 }
                 let (l0, l1) = rows_finish(rows);
                 let first_row = own.head as usize * n.seq_q as usize;
-                store_rows::<NO>(out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim);
+                let lines =
+                    Lines { row: place.i, column: place.column, first: first_row, rows: n.seq_q, width: n.value_dim };
+                store_lines::<NO>(out, norms(l0, l1), lines, o, false, cfg.element, cfg.value_dim);
+                if with_rest {
+                    let all = norms(l0, l1);
+                    store_lines::<NO>(out, all, lines, rest.as_mut().unwrap(), true, cfg.element, cfg.value_dim);
+                }
                 if with_lse {
                     if place.column == 0 {
                         let (x0, x1) = (row_lse(rows.m0, l0, factor, n), row_lse(rows.m1, l1, factor, n));

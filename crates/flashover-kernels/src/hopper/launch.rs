@@ -14,22 +14,29 @@ use crate::operands::Operands;
 use crate::problem::Problem;
 
 /// Attention forward, as [`portable::forward`](crate::portable::forward). `q`, `k` and `v` are tensors that the copy engine
-/// [`reads_in_place`].
+/// [`reads_in_place`]. The third tensor, if asked for, is what rounding took from `o`, in its shape and element type: the
+/// [backward](super::backward) takes `delta` from both.
 pub fn forward(
     client: &Client,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
     plan: Option<&DeviceTensor>,
     with_lse: bool,
+    with_rest: bool,
     cfg: HopperConfig,
-) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
+) -> Result<(DeviceTensor, Option<DeviceTensor>, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), cfg)?;
     let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
         ControlFlow::Continue(call) => call,
-        ControlFlow::Break(outputs) => return Ok(outputs),
+        ControlFlow::Break((o, lse)) => {
+            let rest = with_rest.then(|| o.clone());
+            return Ok((o, lse, rest));
+        }
     };
+    let rest = with_rest.then(|| DeviceTensor::empty(client, &call.o.shape, call.o.elem));
     let launcher = call.launcher(client);
     let (bindings, address) = call.binding_facts();
+    let bindings = bindings + usize::from(with_rest);
     let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     for (operand, tensor) in [("q", q), ("k", k), ("v", v)] {
         if !reads_in_place(tensor) {
@@ -53,14 +60,16 @@ pub fn forward(
             tiles(v, cfg.bk),
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
-            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 8),
+            lines(o),
             lse.as_ref().map(DeviceTensor::buffer).into(),
+            rest.as_ref().map(lines).into(),
             call.numbers(),
             works as u32,
             section(problem) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
             with_lse,
+            with_rest,
             cfg,
             q.elem,
             ns,
@@ -68,7 +77,7 @@ pub fn forward(
             np,
         );
     }
-    Ok((call.o, call.lse))
+    Ok((call.o, call.lse, rest))
 }
 
 /// Bytes of keys and values that a section of heads may take of the second-level cache.
@@ -81,8 +90,14 @@ fn section(problem: &Problem) -> usize {
     (SECTION_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group()).clamp(1, batch * heads_q)
 }
 
+/// A contiguous tensor whose rows are multiples of 16 bytes as lines of them.
+pub(super) fn lines(tensor: &DeviceTensor) -> BufferArg {
+    // SAFETY: a line is 8 elements, of which the tensor has a multiple.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), tensor.elements() / 8) }
+}
+
 /// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.
-fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
+pub(super) fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
     let mut strides = tensor.strides.clone();
     for d in (0..strides.len() - 1).rev() {
         // Nothing is ever a stride of a single row, yet it must be a multiple of 16 bytes.

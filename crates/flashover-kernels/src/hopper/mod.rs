@@ -5,6 +5,11 @@
 // A comptime `if` around a run-time one removes its body; the two conditions joined would not.
 #![allow(clippy::collapsible_if)]
 
+mod backward;
+mod backward_config;
+mod backward_launch;
+mod backward_rows;
+mod bulk;
 mod checks;
 mod config;
 mod forward;
@@ -12,7 +17,10 @@ mod launch;
 mod ptx;
 mod ring;
 mod rows;
+mod store;
 
+pub use backward_config::HopperBackwardConfig;
+pub use backward_launch::backward;
 pub use checks::{check_limits, reads_in_place};
 pub use config::HopperConfig;
 pub use launch::forward;

@@ -211,3 +211,67 @@ pub(crate) fn wait_after_text(lanes: usize, n: usize, pending: usize) -> String 
     text += "setp.lt.s32 tired, both, 0;\n@tired nanosleep.u32 1;\n";
     text + &format!("wgmma.wait_group.sync.aligned {pending};\n{}}}\n", moves(lanes, n / 2))
 }
+
+/// The block of a product of [`issue_scores`]' operands where A lies with its rows along the sum: 64 columns of a matrix
+/// whose rows are 128 bytes, times the transpose of `n` rows of B in pieces of 64 elements, over `depth` elements.
+pub(crate) fn transposed_text(lanes: usize, n: usize, depth: usize, piece_b: usize, ty: &str) -> String {
+    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 da, db;\nwgmma.fence.sync.aligned;\n");
+    let out = register_list(0, n / 2);
+    let (a, b) = (lanes, lanes + 1);
+    for step in 0..depth / 16 {
+        let (piece, within) = (step / 4, step % 4);
+        text += &format!("setp.ne.b32 keep, {}, 0;\n", u32::from(step > 0));
+        text += &format!("add.u64 da, %{a}, {};\n", step * 16 * 128 / 16);
+        text += &format!("add.u64 db, %{b}, {};\n", (piece * piece_b + within * 32) / 16);
+        text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, da, db, keep, 1, 1, 1, 0;\n");
+    }
+    text + "wgmma.commit_group.sync.aligned;\n}\n"
+}
+
+/// A block without operands.
+#[cube]
+pub(crate) fn run_block(#[comptime] text: &str) {
+    gpu_asm!("{text}");
+}
+
+/// [`issue_values`] into named registers. `text` is [`named_value_text`]'s.
+#[cube]
+pub(crate) fn issue_named<P: Size>(a: Vector<u32, P>, b: u64, #[comptime] text: &str) {
+    let a = value_of::<Vector<u32, P>>(a);
+    let b = value_of::<u64>(b);
+    gpu_asm!("{text}// {a} {b}\n", a = in(_) a, b = in(_) b);
+}
+
+/// What named registers hold. `text` is [`named_read_text`]'s.
+#[cube]
+pub(crate) fn read_named<N: Size>(#[comptime] text: &str) -> Accumulator<N> {
+    let out: Accumulator<N>;
+    gpu_asm!("{text}// {out}\n", out = out(_) out);
+    out
+}
+
+/// A block that declares an accumulator of `n` columns as registers `name0`, `name1`, … of the kernel, and zeroes them. Products
+/// add to them in place: what goes into a block by value and comes out again may get other registers, and at more than
+/// two accumulators it does.
+pub(crate) fn named_text(name: &str, n: usize) -> String {
+    let zeros: String = (0..n / 2).map(|e| format!("mov.f32 {name}{e}, 0f00000000;\n")).collect();
+    format!(".reg .f32 {name}<{}>;\n{zeros}", n / 2)
+}
+
+/// The block of [`issue_named`], as [`value_text`].
+pub(crate) fn named_value_text(name: &str, lanes_a: usize, n: usize, depth: usize, ty: &str) -> String {
+    let names: Vec<String> = (0..n / 2).map(|e| format!("{name}{e}")).collect();
+    let out = format!("{{{}}}", names.join(", "));
+    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\nwgmma.fence.sync.aligned;\n");
+    for step in 0..depth / 16 {
+        let a = register_list(4 * step, 4);
+        text += &format!("add.u64 db, %{lanes_a}, {};\n", step * 16 * 128 / 16);
+        text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, {a}, db, keep, 1, 1, 1;\n");
+    }
+    text + "wgmma.commit_group.sync.aligned;\n}\n"
+}
+
+/// The block of [`read_named`], with no product in flight.
+pub(crate) fn named_read_text(name: &str, n: usize) -> String {
+    (0..n / 2).map(|e| format!("mov.f32 %{e}, {name}{e};\n")).collect()
+}

@@ -5,6 +5,7 @@
 use cubecl::prelude::*;
 
 use super::ptx::Accumulator;
+use super::store::Factors;
 use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position, row_hash};
@@ -335,57 +336,9 @@ pub(crate) fn rows_finish(rows: RowState) -> (f32, f32) {
     (quad_sum(rows.l0), quad_sum(rows.l1))
 }
 
-/// Writes the rows of `o` that exist, divided by their sums. A row that saw nothing is 0. Rows start at multiples of 16 bytes:
-/// the four threads of a row exchange what they hold until each has 8 neighbouring elements.
+/// What a thread's two rows of the output are divided by. A row that saw nothing is 0.
 #[cube]
-pub(crate) fn store_rows<N: Size>(
-    acc: Accumulator<N>,
-    l0: f32,
-    l1: f32,
-    place: Place,
-    first_row: usize,
-    o: &mut [Vector<u32, Const<4>>],
-    n: Numbers,
-    #[comptime] element: Element,
-    #[comptime] dim: usize,
-) {
-    let lane = place.column / 2;
-    let row_vectors = (n.value_dim / 8) as usize;
-    #[unroll]
-    for r in 0..2usize {
-        let l = if comptime!(r == 0) { l0 } else { l1 };
-        let seen = u32::reinterpret(l) != 0u32;
-        let norm = 1.0f32 / l;
-        let i = place.i + comptime!(8 * r as u32);
-        #[unroll]
-        for quad in 0..comptime!(dim / 32) {
-            let mut own = Array::<u32>::new(4usize);
-            #[unroll]
-            for x in 0..4usize {
-                let e = comptime!(4 * (4 * quad + x) + 2 * r);
-                let (low, high) = (acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm);
-                own[x] = select(seen, pack(low, high, element), 0u32);
-            }
-            // First between threads two apart, then between neighbours: thread t ends with group t of the four.
-            let upper = lane >= 2;
-            let odd = lane % 2 == 1;
-            let got0 = plane_shuffle_xor(select(upper, own[0], own[2]), 2u32);
-            let got1 = plane_shuffle_xor(select(upper, own[1], own[3]), 2u32);
-            let (kept0, kept1) = (select(upper, own[2], own[0]), select(upper, own[3], own[1]));
-            let (low0, high0) = (select(upper, got0, kept0), select(upper, kept0, got0));
-            let (low1, high1) = (select(upper, got1, kept1), select(upper, kept1, got1));
-            let got_low = plane_shuffle_xor(select(odd, low0, low1), 1u32);
-            let got_high = plane_shuffle_xor(select(odd, high0, high1), 1u32);
-            let (kept_low, kept_high) = (select(odd, low1, low0), select(odd, high1, high0));
-            let mut line = Vector::<u32, Const<4>>::new(0u32);
-            line.insert(0usize, select(odd, got_low, kept_low));
-            line.insert(1usize, select(odd, kept_low, got_low));
-            line.insert(2usize, select(odd, got_high, kept_high));
-            line.insert(3usize, select(odd, kept_high, got_high));
-            let group = lane + comptime!(4 * quad as u32);
-            if i < n.seq_q && group * 8 < n.value_dim {
-                o[(first_row + i as usize) * row_vectors + group as usize] = line;
-            }
-        }
-    }
+pub(crate) fn norms(l0: f32, l1: f32) -> Factors {
+    let (some0, some1) = (u32::reinterpret(l0) != 0u32, u32::reinterpret(l1) != 0u32);
+    Factors { factor0: 1.0f32 / l0, factor1: 1.0f32 / l1, some0, some1 }
 }

@@ -11,14 +11,14 @@ use super::forward::LOG2_E;
 use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
 use super::ptx::{
-    Fragment, Sums, commit_copies, copy_word_async, global_address, load_shared_floats, shared_address, wait_copies,
+    Fragment, Sums, commit_copies, copy_word_async, load_shared_floats, shared_address, wait_copies,
 };
 use super::scores::{hide, query_and_key};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, after_dropout, head_of, row_hash};
-use crate::family::ptx::exp2;
+use crate::family::ptx::{exp2, global_address};
 use crate::family::walk::{Side, query_walk, work_of};
 
 /// `dv = Σ_i p · mult · do_i` and `dk = Σ_i ds · ∂s/∂(q·k) · q_i`. One cube a key tile and key head. Both at once unless registers or

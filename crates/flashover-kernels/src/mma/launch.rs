@@ -81,8 +81,7 @@ pub fn backward(
     check_operands(problem, operands)?;
     check_plan(problem, plan)?;
     check_outputs(problem, outputs)?;
-    let rows = problem.batch * problem.heads_q * problem.seq_q;
-    let scores = rows * problem.seq_kv;
+    let scores = problem.batch * problem.heads_q * problem.seq_q * problem.seq_kv;
     let new = |operand: &DeviceTensor| {
         let make = if scores == 0 { DeviceTensor::zeros } else { DeviceTensor::empty };
         make(client, &operand.shape, operand.elem)
@@ -97,11 +96,7 @@ pub fn backward(
     if scores == 0 || !(wanted.q || wanted.k || wanted.v) {
         return Ok(gradients);
     }
-    let layout = Layout::of(problem, Some(Partials::default()));
-    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-    let call = Backward { launcher, config, problem, operands, outputs, layout, scratch };
-    call.row_statistics(rows);
+    let call = Backward::prepare(client, problem, operands, outputs, plan, config);
     if wanted.q || wanted.k {
         call.queries(q.as_ref());
     }
@@ -143,7 +138,24 @@ struct Backward<'a> {
     scratch: DeviceTensor,
 }
 
-impl Backward<'_> {
+impl<'a> Backward<'a> {
+    /// Builds the scratch buffer and fills in the statistics of rows.
+    fn prepare(
+        client: &'a Client,
+        problem: &'a Problem,
+        operands: &'a Operands<DeviceTensor>,
+        outputs: &'a Outputs,
+        plan: Option<&DeviceTensor>,
+        config: MmaConfig,
+    ) -> Self {
+        let layout = Layout::of(problem, Some(Partials::default()));
+        let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+        let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
+        let call = Backward { launcher, config, problem, operands, outputs, layout, scratch };
+        call.row_statistics(problem.batch * problem.heads_q * problem.seq_q);
+        call
+    }
+
     fn numbers(&self) -> NumbersLaunch {
         numbers(self.problem, &self.layout)
     }

@@ -179,13 +179,3 @@ pub(crate) fn shared_address(memory: &Shared<[Fragment]>) -> u32 {
     );
     out
 }
-
-/// Where a tensor starts in global memory.
-#[cube]
-pub(crate) fn global_address<E: CubePrimitive>(tensor: &[E]) -> u64 {
-    // SAFETY: only the start is taken; rows and elements are tested against the tensor's shape before they are touched.
-    let pointer = unsafe { tensor.as_ptr_unchecked() };
-    let out: u64;
-    gpu_asm!("mov.u64 {out}, {p};", p = in(_) pointer, out = out(_) out);
-    out
-}

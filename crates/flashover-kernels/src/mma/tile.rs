@@ -5,8 +5,8 @@
 
 use cubecl::prelude::*;
 
-use super::ptx::{Fragment, copy_async, global_address, store_shared_16};
-use crate::family::ptx::pack;
+use super::ptx::{Fragment, copy_async, store_shared_16};
+use crate::family::ptx::{global_address, pack};
 use crate::problem::Element;
 
 /// Bytes of the largest access to memory.

@@ -1,0 +1,160 @@
+//! Tiles of the Hopper backward.
+
+use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
+use crate::family::tile_shape::TileShape;
+use crate::problem::{Element, Problem};
+
+/// Warpgroups that compute, of 64 keys each.
+const CONSUMERS: usize = 2;
+
+/// Tiles of queries, and of gradients of outputs, in flight.
+const STAGES: usize = 2;
+
+/// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
+const HEAD_DIMS: [usize; 2] = [64, 128];
+
+/// Shape of a backward: known when a kernel is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct HopperBackwardConfig {
+    /// Element type of the operands.
+    pub element: Element,
+    /// Queries of a tile.
+    pub bq: usize,
+    /// Head dimension of queries and keys, padded to what a product takes.
+    pub head_dim: usize,
+    /// Head dimension of values, likewise.
+    pub value_dim: usize,
+}
+
+impl HopperBackwardConfig {
+    /// Keys of a tile.
+    pub const BK: usize = CONSUMERS * ROWS;
+
+    /// Tiles for a problem, and why; or what the kernel has no form for.
+    pub fn of(problem: &Problem) -> Result<(Self, &'static str), &'static str> {
+        let Problem { head_dim, value_dim, element, .. } = *problem;
+        if problem.plan.is_some() {
+            return Err("a block plan");
+        }
+        if problem.softcap.is_some() || problem.alibi || problem.bias.is_some() {
+            return Err("scores that are not products alone");
+        }
+        if problem.mask.is_some() || problem.dropout.is_some() {
+            return Err("a mask or dropout");
+        }
+        let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim);
+        let (Some(head_dim), Some(value_dim)) = (padded(head_dim), padded(value_dim)) else {
+            return Err("head dimensions above 128");
+        };
+        let (bq, why) = match head_dim + value_dim {
+            ..=128 => (128, "registers hold the scores of 128 queries beside dk and dv"),
+            _ => (64, "registers hold the scores of 64 queries beside dk and dv"),
+        };
+        Ok((HopperBackwardConfig { element, bq, head_dim, value_dim }, why))
+    }
+
+    /// As a tile of a cube that owns keys.
+    pub(crate) const fn shape(&self) -> TileShape {
+        TileShape { rows: Self::BK, cols: self.bq }
+    }
+
+    /// As a tile of the queries' side.
+    pub(crate) const fn query_shape(&self) -> TileShape {
+        TileShape { rows: self.bq, cols: Self::BK }
+    }
+
+    /// Units of a cube: the consumers, and a warpgroup that copies.
+    pub const fn units(&self) -> usize {
+        (CONSUMERS + 1) * WARPGROUP
+    }
+
+    pub(crate) const fn stages(&self) -> usize {
+        STAGES
+    }
+
+    /// Elements in shared memory of a tile of keys, of values, of queries, and of gradients of outputs.
+    pub(crate) const fn elements(&self) -> [usize; 4] {
+        let (d, dv) = (HopperConfig::pieces(self.head_dim) * PIECE, HopperConfig::pieces(self.value_dim) * PIECE);
+        [Self::BK * d, Self::BK * dv, self.bq * d, self.bq * dv]
+    }
+
+    /// Elements of a tile of gradients of scores.
+    pub(crate) const fn score_elements(&self) -> usize {
+        self.bq * Self::BK
+    }
+
+    /// Floats of a tile of dq, which each thread of the consumers has a part of.
+    pub(crate) const fn dq_elements(&self) -> usize {
+        self.bq * self.head_dim
+    }
+
+    /// Floats of dq that a thread has.
+    pub(crate) const fn dq_registers(&self) -> usize {
+        self.dq_elements() / (CONSUMERS * WARPGROUP)
+    }
+
+    /// Queries that a warpgroup's product for dq covers: all, of half of the head dimension, or half of them.
+    pub(crate) const fn dq_columns(&self) -> usize {
+        self.bq * self.head_dim / (CONSUMERS * ROWS)
+    }
+
+    /// Bytes of the statistics of a tile of queries.
+    pub(crate) const fn statistics_bytes(&self) -> usize {
+        2 * self.bq * size_of::<f32>()
+    }
+
+    /// Shared memory of a cube in bytes, barriers included.
+    pub const fn shared_bytes(&self) -> usize {
+        let [k, v, q, d_o] = self.elements();
+        let elements = k + v + STAGES * (q + d_o) + 2 * self.score_elements();
+        let floats = self.dq_elements() * size_of::<f32>() + STAGES * self.statistics_bytes();
+        elements * size_of::<u16>() + floats + (3 + 4 * STAGES) * size_of::<u64>() + size_of::<u32>()
+    }
+
+    /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all.
+    pub(crate) const fn registers(&self) -> (u32, u32) {
+        (240, 24)
+    }
+
+    /// Registers, in powers of 2 as vectors want them, of a thread's scores, dk, dv, part of dq and packed weights.
+    pub(crate) const fn lanes(&self) -> [usize; 5] {
+        [
+            (self.bq / 2).next_power_of_two(),
+            self.head_dim / 2,
+            self.value_dim / 2,
+            self.dq_registers().next_power_of_two(),
+            (self.bq / 4).next_power_of_two(),
+        ]
+    }
+}
+
+impl core::fmt::Display for HopperBackwardConfig {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let HopperBackwardConfig { bq, head_dim, value_dim, .. } = self;
+        write!(f, "tile {bq}x{}, {CONSUMERS} warpgroups, head {head_dim}, values {value_dim}", Self::BK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shared memory of a cube of an H100.
+    const SHARED: usize = 232_448;
+
+    #[test]
+    fn every_head_dimension_fits() {
+        for d in (8..=128).step_by(8) {
+            for dv in (8..=128).step_by(8) {
+                let p = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::BF16).unwrap();
+                let (config, _) = HopperBackwardConfig::of(&p).unwrap();
+                assert!(config.shared_bytes() <= SHARED, "{config}: {}", config.shared_bytes());
+                assert!(config.head_dim >= d && config.value_dim >= dv);
+                // dk and dv, scores of two products, and the part of dq.
+                let held = (config.head_dim + config.value_dim) / 2 + config.bq + config.bq / 4;
+                assert!(held <= config.registers().0 as usize, "{config}: {held}");
+                assert!(config.dq_columns().is_multiple_of(8));
+            }
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! From a problem and its operands to the launches of a backward.
+
+use cubecl::prelude::*;
+
+use super::backward::backward_kernel;
+use super::backward_config::HopperBackwardConfig;
+use super::backward_rows::{finish_kernel, statistics_kernel};
+use super::checks::{check_limits, reads_in_place};
+use super::config::HopperConfig;
+use super::launch::{lines, tiles};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
+use crate::family::checks::{check_operands, check_outputs};
+use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
+use crate::family::scratch::{self, Layout};
+use crate::operands::{Gradients, Operands};
+use crate::problem::Problem;
+
+/// Units of a cube of the kernels before and after.
+const UNITS: usize = 256;
+
+/// Attention backward: `dq`, `dk` and `dv`, contiguous, each in the shape and element type of its operand. `q`, `k`, `v` and the
+/// gradient of `o` are tensors that the copy engine [`reads_in_place`]; `o` is contiguous, and so is `rest`, what rounding
+/// took from it in the [forward](super::forward). `rest` is given up as soon as it has been read.
+pub fn backward(
+    client: &Client,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    outputs: &Outputs,
+    rest: DeviceTensor,
+    cfg: HopperBackwardConfig,
+) -> Result<Gradients<DeviceTensor>, KernelError> {
+    check_limits(problem, &DeviceLimits::of(client), HopperConfig::of(problem).0)?;
+    check_operands(problem, operands)?;
+    check_outputs(problem, outputs)?;
+    let Operands { q, k, v, .. } = operands;
+    let d_o = &outputs.do_;
+    for (operand, tensor) in [("q", q), ("k", k), ("v", v), ("the gradient of o", d_o)] {
+        if !reads_in_place(tensor) {
+            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
+        }
+    }
+    let Problem { batch, heads_q, heads_kv, seq_q, seq_kv, .. } = *problem;
+    if batch * heads_q * seq_q * seq_kv == 0 {
+        let zeros = |operand: &DeviceTensor| Some(DeviceTensor::zeros(client, &operand.shape, operand.elem));
+        return Ok(Gradients { q: zeros(q), k: zeros(k), v: zeros(v), ..Gradients::default() });
+    }
+    let layout = Layout::of(problem, None);
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+    let scratch = scratch::build(&launcher, problem, operands, None, &layout);
+    let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
+    let (float, word) = (f32::elem_type_native(), u32::elem_type_native());
+    let statistics = DeviceTensor::empty(client, &[query_tiles * 2 * cfg.bq], float);
+    let turns = DeviceTensor::empty(client, &[query_tiles + 1], word);
+    let Outputs { o, lse, dlse, .. } = outputs;
+    let bound = [o, &rest, d_o, lse, &statistics, &turns].into_iter().chain(dlse);
+    let (bindings, address) = binding_facts(bound);
+    launcher.note("statistics_hopper", &cfg, bindings, 0, UNITS);
+    let rows = query_tiles * cfg.bq;
+    let stride = |d: usize| if d_o.shape[d] > 1 { d_o.strides[d] / 8 } else { 0 };
+    let last = (0..3).map(|d| (d_o.shape[d] - 1) * stride(d)).sum::<usize>();
+    // SAFETY: rows are tested against the number of padded rows that the buffers were made for; `check_outputs` held the shapes
+    // against the problem, and a line of `d_o` lies within its last row.
+    unsafe {
+        statistics_kernel::launch_unchecked(
+            client,
+            launcher.cubes((8 * rows).div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            lines(o),
+            lines(&rest),
+            BufferArg::from_raw_parts(d_o.handle.clone(), last + problem.value_dim / 8),
+            lse.arg(),
+            dlse.as_ref().map(DeviceTensor::arg).into(),
+            statistics.buffer(),
+            turns.buffer(),
+            numbers(problem, &layout),
+            stride(0),
+            stride(1),
+            stride(2),
+            rows,
+            dlse.is_some(),
+            cfg,
+        );
+    }
+    // Its memory may serve what follows.
+    drop(rest);
+    let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
+    let (dq, dk, dv) = (new(q), new(k), new(v));
+    let sums = DeviceTensor::empty(client, &[query_tiles * cfg.dq_elements()], float);
+    let bound = [q, k, v, d_o, &scratch, &statistics, &turns, &sums, &dk, &dv];
+    let (bindings, address) = binding_facts(bound.into_iter());
+    launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
+    let [ns, nk, nv, nq, np] = cfg.lanes();
+    // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
+    unsafe {
+        backward_kernel::launch_unchecked(
+            client,
+            launcher.cubes(batch * heads_kv * seq_kv.div_ceil(HopperBackwardConfig::BK)),
+            CubeDim::new_1d(cfg.units() as u32),
+            address,
+            tiles(q, cfg.bq),
+            tiles(k, HopperBackwardConfig::BK),
+            tiles(v, HopperBackwardConfig::BK),
+            tiles(d_o, cfg.bq),
+            scratch.buffer(),
+            statistics.buffer(),
+            turns.buffer(),
+            sums.buffer(),
+            lines(&dk),
+            lines(&dv),
+            numbers(problem, &layout),
+            problem.scale as f32 * core::f32::consts::LOG2_E,
+            cfg,
+            q.elem,
+            ns,
+            nk,
+            nv,
+            nq,
+            np,
+        );
+    }
+    let (bindings, address) = binding_facts([&sums, &scratch, &dq].into_iter());
+    launcher.note("finish_hopper", &cfg, bindings, 0, UNITS);
+    let units = query_tiles * cfg.dq_elements() / 32;
+    // SAFETY: a unit reads 8 of the vectors that the buffer was made for and tests rows and elements of dq.
+    unsafe {
+        finish_kernel::launch_unchecked(
+            client,
+            launcher.cubes(units.div_ceil(UNITS)),
+            CubeDim::new_1d(UNITS as u32),
+            address,
+            BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
+            scratch.buffer(),
+            lines(&dq),
+            numbers(problem, &layout),
+            units,
+            cfg,
+            q.elem,
+        );
+    }
+    Ok(Gradients { q: Some(dq), k: Some(dk), v: Some(dv), ..Gradients::default() })
+}

@@ -1,0 +1,141 @@
+//! What is done once a query row of the backward, before the tiles and after them.
+
+use cubecl::prelude::*;
+
+use super::backward_config::HopperBackwardConfig;
+use super::config::PIECE;
+use crate::family::element::{Numbers, head_of, is_minus_infinity};
+use crate::family::ptx::{pack, unpack};
+use crate::family::walk::key_walk;
+
+/// `−lse` in logarithms of base 2 and `delta` of each query tile, side by side, padded to whole tiles: a row that does not exist
+/// or sees nothing has −∞ and 0, so that all its weights are 0. And zeros where cubes count.
+///
+/// `delta = Σ do ∘ o − dlse` (FlashAttention-2, Algorithm 2, line 4), with `o` as it was before it was rounded: rounding does not
+/// cancel in `dp − delta`. Eight units a padded row; `do_batch`, `do_head` and `do_row` are strides in lines.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn statistics_kernel(
+    o: &[Vector<u32, Const<4>>],
+    rest: &[Vector<u32, Const<4>>],
+    d_o: &[Vector<u32, Const<4>>],
+    lse: &Tensor<f32>,
+    dlse: ComptimeOption<&Tensor<f32>>,
+    statistics: &mut [f32],
+    turns: &mut [u32],
+    n: Numbers,
+    do_batch: usize,
+    do_head: usize,
+    do_row: usize,
+    rows: usize,
+    #[comptime] with_dlse: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let (unit, lane) = (ABSOLUTE_POS / 8, ABSOLUTE_POS % 8);
+    let tiles = n.seq_q.div_ceil(comptime!(cfg.bq as u32)) as usize;
+    let (tile, r) = (unit / cfg.bq, unit % cfg.bq);
+    let (head, i) = (tile / tiles, tile % tiles * cfg.bq + r);
+    let (b, h) = (head / n.heads_q as usize, head % n.heads_q as usize);
+    let mut sum = 0.0f32;
+    let exists = unit < rows && i < n.seq_q as usize;
+    if exists {
+        let lines = (n.value_dim / 8) as usize;
+        let own = (head * n.seq_q as usize + i) * lines;
+        let from = b * do_batch + h * do_head + i * do_row;
+        let mut line = lane;
+        while line < lines {
+            let (x, y, g) = (o[own + line], rest[own + line], d_o[from + line]);
+            #[unroll]
+            for z in 0..4usize {
+                let (x0, x1) = unpack(x.extract(z), cfg.element);
+                let (y0, y1) = unpack(y.extract(z), cfg.element);
+                let (g0, g1) = unpack(g.extract(z), cfg.element);
+                sum += g0 * (x0 + y0) + g1 * (x1 + y1);
+            }
+            line += 8;
+        }
+    }
+    let sum = sum + plane_shuffle_xor(sum, 1u32);
+    let sum = sum + plane_shuffle_xor(sum, 2u32);
+    let sum = sum + plane_shuffle_xor(sum, 4u32);
+    if unit < rows && lane == 0 {
+        let mut minus_lse = n.minus_infinity;
+        let mut delta = 0.0f32;
+        if exists {
+            let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
+            if !is_minus_infinity(row_lse) {
+                minus_lse = -(row_lse * comptime!(core::f32::consts::LOG2_E));
+                delta = sum;
+                if with_dlse {
+                    let dlse = dlse.unwrap();
+                    delta -= dlse[b * dlse.stride(0) + h * dlse.stride(1) + i * dlse.stride(2)];
+                }
+            }
+        }
+        let first = tile * comptime!(2 * cfg.bq);
+        statistics[first + r] = minus_lse;
+        statistics[first + cfg.bq + r] = delta;
+        if r == 0 {
+            turns[tile + 1] = 0u32;
+        }
+        if unit == 0 {
+            turns[0] = 0u32;
+        }
+    }
+}
+
+/// Rows of dq from the f32 sums, which lie as the threads of a warpgroup hold them: for every 64 elements of the head dimension and
+/// every 8 queries 128 vectors of four floats, vector `32 · w + 4 · g + c` being elements `16 · w + g` and 8 further of
+/// queries `2 · c` and the next. A unit takes 16 elements of two rows.
+#[cube(launch_unchecked, address_type = "dynamic")]
+pub(crate) fn finish_kernel<E: Float>(
+    sums: &[Vector<f32, Const<4>>],
+    scratch: &[u32],
+    dq: &mut [Vector<u32, Const<4>>],
+    n: Numbers,
+    units: usize,
+    #[comptime] cfg: HopperBackwardConfig,
+    #[define(E)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS < units {
+        let (eights, pieces) = comptime!((cfg.bq / 8, cfg.head_dim / PIECE));
+        let tiles = n.seq_q.div_ceil(comptime!(cfg.bq as u32)) as usize;
+        let (c, w) = (ABSOLUTE_POS % 4, ABSOLUTE_POS / 4 % 4);
+        let block = ABSOLUTE_POS / 16;
+        let (eight, piece) = (block % eights, block / eights % pieces);
+        let tile = block / comptime!(eights * pieces);
+        let (head, i0) = (tile / tiles, tile % tiles * cfg.bq);
+        let (b, h) = (head as u32 / n.heads_q, head as u32 % n.heads_q);
+        let at = head_of::<E>(b, h, scratch, ComptimeOption::new_None(), n, false);
+        // Nobody has written where nobody came by.
+        let seen = key_walk(i0 as u32, at, scratch, n, comptime!(cfg.query_shape())).steps > 0;
+        let first = block * 128 + w * 32 + c;
+        let mut fours = Array::<Vector<f32, Const<4>>>::new(8usize);
+        #[unroll]
+        for g in 0..8usize {
+            fours[g] = Vector::<f32, Const<4>>::new(0.0f32);
+            if seen {
+                fours[g] = sums[first + comptime!(4 * g)];
+            }
+        }
+        #[unroll]
+        for r in 0..2usize {
+            let i = i0 + eight * 8 + c * 2 + r;
+            #[unroll]
+            for half in 0..2usize {
+                let mut line = Vector::<u32, Const<4>>::new(0u32);
+                #[unroll]
+                for y in 0..4usize {
+                    let z = comptime!(2 * half + r);
+                    let low = fours[comptime!(2 * y)].extract(z) * n.scale;
+                    let high = fours[comptime!(2 * y + 1)].extract(z) * n.scale;
+                    line.insert(y, pack(low, high, cfg.element));
+                }
+                let group = piece as u32 * comptime!((PIECE / 8) as u32) + w as u32 * 2 + comptime!(half as u32);
+                if i < n.seq_q as usize && group * 8 < n.head_dim {
+                    let row = head * n.seq_q as usize + i;
+                    dq[row * (n.head_dim / 8) as usize + group as usize] = line;
+                }
+            }
+        }
+    }
+}
