@@ -80,7 +80,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let dq_free = barriers(1usize, 1u32);
     let q_free = barriers(stages, 8u32);
     let do_free = barriers(stages, 8u32);
-    let dq_full = barriers(1usize, 8u32);
+    let dq_full = barriers(2usize, 8u32);
     fence_barriers();
     let counters = global_address::<u32>(&*turns);
     if UNIT_POS == 0 {
@@ -152,34 +152,35 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 }
             }
         }
-        if UNIT_POS == 32 {
-            let full = barrier_address(&dq_full[0]);
+        // Two units take the steps in turns: one waits until what it added has arrived while the other adds.
+        if UNIT_POS == 32 || UNIT_POS == 64 {
+            let adder = UNIT_POS / 64;
+            let full = address_at(&addresses(&dq_full, 2usize), adder, 2usize);
             let free = barrier_address(&dq_free[0]);
             let dq_at = shared_address::<Vector<f32, Const<4>>>(unsafe { sdq.as_slice().as_ptr_unchecked() });
             let to = global_address::<f32>(&*dq);
             let bytes = comptime!(cfg.dq_elements() * size_of::<f32>());
             let mut parity = 0u32;
-            for g in 0..group {
-                let mut m = walk.first;
-                for _ in 0..walk.steps {
-                    let place = (b * n.heads_q + first_head + g) * query_tiles + m;
-                    let turn = turn_of(tile, m, at, scratch, n, cfg);
-                    let counter = counters + (place as u64 + 1u64) * 4u64;
-                    let to = to + place as u64 * comptime!(bytes as u64);
-                    barrier_wait(full, parity);
-                    parity ^= 1u32;
-                    turn_wait(counter, turn);
-                    if turn == 0 {
-                        bulk_store(to, dq_at, bytes);
-                    } else {
-                        bulk_add(to, dq_at, bytes);
-                    }
-                    bulk_wait_read();
-                    barrier_arrive(free, true);
-                    bulk_wait();
-                    turn_pass(counter);
-                    m += 1;
+            let mut step = adder;
+            while step < group * walk.steps {
+                let (g, m) = (step / walk.steps, walk.first + step % walk.steps);
+                let place = (b * n.heads_q + first_head + g) * query_tiles + m;
+                let turn = turn_of(tile, m, at, scratch, n, cfg);
+                let counter = counters + (place as u64 + 1u64) * 4u64;
+                let to = to + place as u64 * comptime!(bytes as u64);
+                barrier_wait(full, parity);
+                parity ^= 1u32;
+                turn_wait(counter, turn);
+                if turn == 0 {
+                    bulk_store(to, dq_at, bytes);
+                } else {
+                    bulk_add(to, dq_at, bytes);
                 }
+                bulk_wait_read();
+                barrier_arrive(free, true);
+                bulk_wait();
+                turn_pass(counter);
+                step += 2;
             }
         }
     } else {
@@ -198,7 +199,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
             do_full: addresses(&do_full, stages),
             q_free: addresses(&q_free, stages),
             do_free: addresses(&do_free, stages),
-            dq_full: barrier_address(&dq_full[0]),
+            dq_full: addresses(&dq_full, 2usize),
             dq_free: barrier_address(&dq_free[0]),
         };
         let own_rows = warpgroup * comptime!((ROWS * 2 * PIECE) as u32);
@@ -291,7 +292,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 }
                 fence_shared();
                 sync_plane();
-                barrier_arrive(gates.dq_full, leader);
+                barrier_arrive(address_at(&gates.dq_full, stage % 2, 2usize), leader);
                 if left > 0 {
                     barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
                 }
@@ -318,7 +319,7 @@ struct Gates {
     do_full: Sequence<u32>,
     q_free: Sequence<u32>,
     do_free: Sequence<u32>,
-    dq_full: u32,
+    dq_full: Sequence<u32>,
     dq_free: u32,
 }
 

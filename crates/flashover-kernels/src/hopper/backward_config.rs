@@ -108,7 +108,7 @@ impl HopperBackwardConfig {
         let [k, v, q, d_o] = self.elements();
         let elements = k + v + STAGES * (q + d_o) + 2 * self.score_elements();
         let floats = self.dq_elements() * size_of::<f32>() + STAGES * self.statistics_bytes();
-        elements * size_of::<u16>() + floats + (3 + 4 * STAGES) * size_of::<u64>() + size_of::<u32>()
+        elements * size_of::<u16>() + floats + (4 + 4 * STAGES) * size_of::<u64>() + size_of::<u32>()
     }
 
     /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all.

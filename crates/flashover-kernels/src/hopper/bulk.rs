@@ -85,7 +85,7 @@ pub(crate) fn turn_wait(counter: u64, turn: u32) {
 pub(crate) fn turn_pass(counter: u64) {
     let counter = value_of::<u64>(counter);
     gpu_asm!(
-        "fence.proxy.async;\nfence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [{counter}], 1;",
+        "fence.proxy.async;\nred.release.gpu.global.add.u32 [{counter}], 1;",
         counter = in(_) counter,
     );
 }
