@@ -2,7 +2,7 @@
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
 use crate::family::launcher::SUM_UNITS;
-use crate::hopper::HopperConfig;
+use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mask::Band;
 use crate::mma::{self, MmaConfig, MmaTile};
 use crate::operands::Wanted;
@@ -17,8 +17,10 @@ pub enum Tile {
     Portable(TileConfig),
     /// Of a matrix kernel.
     Mma(MmaTile),
-    /// Of the Hopper kernel.
+    /// Of the Hopper forward.
     Hopper(HopperConfig),
+    /// Of the Hopper backward.
+    HopperBackward(HopperBackwardConfig),
 }
 
 impl core::fmt::Display for Tile {
@@ -27,6 +29,7 @@ impl core::fmt::Display for Tile {
             Tile::Portable(tile) => tile.fmt(f),
             Tile::Mma(tile) => tile.fmt(f),
             Tile::Hopper(tile) => tile.fmt(f),
+            Tile::HopperBackward(tile) => tile.fmt(f),
         }
     }
 }
@@ -164,10 +167,47 @@ pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool) -> Vec<
     matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse)
 }
 
-/// Launches of [`hopper::forward`](crate::hopper::forward), copies of operands that its copy engine cannot read not counted.
-pub fn hopper_forward(problem: &Problem, config: HopperConfig, with_lse: bool) -> Vec<Cost> {
+/// Launches of [`hopper::forward`], copies of operands that its copy engine cannot read not counted; `with_rest` if a Hopper
+/// backward follows.
+pub fn hopper_forward(problem: &Problem, config: HopperConfig, with_lse: bool, with_rest: bool) -> Vec<Cost> {
     let (shared, units) = (config.shared_bytes(), config.units());
-    matrix_forward(problem, "forward_hopper", Tile::Hopper(config), shared, units, with_lse)
+    let mut costs = matrix_forward(problem, "forward_hopper", Tile::Hopper(config), shared, units, with_lse);
+    if let Some(forward) = costs.last_mut().filter(|_| with_rest) {
+        forward.hbm_bytes += Model::new(problem, 0).o;
+        forward.bindings += 1;
+    }
+    costs
+}
+
+/// Launches of [`hopper::backward`], which takes the gradients of q, k and v; `with_dlse` if the loss depends on the log-sum-exp.
+pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dlse: bool) -> Vec<Cost> {
+    if problem.is_empty() || problem.seq_kv == 0 {
+        return Vec::new();
+    }
+    let model = Model::new(problem, portable::scratch_bytes(problem, None));
+    let mut costs = model.fill();
+    let dlse = if with_dlse { model.statistic } else { 0 };
+    let statistics = 2 * model.statistic;
+    let row = |kernel, hbm_bytes, bindings, shared_bytes, units, flops| Cost {
+        kernel,
+        tile: Some(Tile::HopperBackward(config)),
+        flops,
+        hbm_bytes,
+        bindings,
+        shared_bytes,
+        units,
+        scratch_bytes: model.scratch_bytes,
+    };
+    // dq is added up in f32.
+    let sums = 2 * model.q;
+    let read = 3 * model.o + model.statistic + dlse;
+    let bindings = 6 + usize::from(with_dlse);
+    costs.push(row("statistics_hopper", read + statistics, bindings, 0, hopper::ROW_UNITS, 0));
+    let moved = model.q + 2 * (model.k + model.v) + model.o + statistics + sums + model.shared_words();
+    let (shared, units) = (config.shared_bytes(), config.units());
+    costs.push(row("backward_hopper", moved, 10, shared, units, model.products(3, 2)));
+    costs.push(row("finish_hopper", sums + model.q, 3, 0, hopper::ROW_UNITS, 0));
+    costs
 }
 
 fn matrix_forward(

@@ -43,6 +43,11 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// Whether the gradients of queries, keys and values are all wanted.
+    pub fn operands_together(&self) -> bool {
+        self.q && self.k && self.v
+    }
+
     /// Those of q, k and v.
     pub fn operands(self) -> Self {
         let Wanted { q, k, v, .. } = self;

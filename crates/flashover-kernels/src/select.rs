@@ -1,7 +1,7 @@
 //! Which kernel runs a problem on a device, in which configuration, and why.
 
 use crate::device::{DeviceLimits, KernelError};
-use crate::hopper::{self, HopperConfig};
+use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mma::{self, MmaConfig};
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
@@ -17,7 +17,8 @@ pub enum KernelChoice {
     Portable,
     /// The family for NVIDIA's tensor cores; an error if it cannot run.
     Mma,
-    /// The family for NVIDIA's Hopper GPUs; an error if it cannot run. The backward is that of [`Mma`](Self::Mma).
+    /// The family for NVIDIA's Hopper GPUs; an error if it cannot run. Where it has no form of the backward, that is
+    /// [`Mma`](Self::Mma)'s.
     Hopper,
 }
 
@@ -29,7 +30,7 @@ pub enum Kernel {
     Portable,
     /// [`mma`]: the tensor cores of NVIDIA GPUs from sm80 on.
     Mma,
-    /// [`hopper`]: the copy engine and warpgroup products of sm90, forward; the backward is that of [`mma`].
+    /// [`hopper`]: the copy engine and warpgroup products of sm90; the backward where it has a form of it, else that of [`mma`].
     Hopper,
 }
 
@@ -72,8 +73,11 @@ pub struct Selection {
     pub config: TileConfig,
     /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
-    /// Tiles of the Hopper kernel, if that is the family.
+    /// Tiles of the Hopper forward, if that is the family.
     pub hopper: Option<HopperConfig>,
+    /// Tiles of the Hopper backward, if that is the family and has a form for the problem. It takes the gradients of q, k
+    /// and v together; where one is not wanted, the matrix kernels take the others.
+    pub hopper_backward: Option<HopperBackwardConfig>,
     /// Why this family and these tiles, in a sentence.
     pub reason: String,
 }
@@ -144,9 +148,13 @@ fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> 
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
     kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
-    let backward = select_mma(problem, limits, "the backward")?;
-    let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {}", backward.reason);
-    Ok(Selection { kernel, hopper: Some(tiles), reason, ..backward })
+    let rest = select_mma(problem, limits, "the backward")?;
+    let (hopper_backward, backward) = match HopperBackwardConfig::of(problem) {
+        Ok((tiles, why)) => (Some(tiles), format!("{tiles}: {why}")),
+        Err(what) => (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason)),
+    };
+    let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {backward}");
+    Ok(Selection { kernel, hopper: Some(tiles), hopper_backward, reason, ..rest })
 }
 
 fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
@@ -163,6 +171,7 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
         config,
         mma: Some(tiles),
         hopper: None,
+        hopper_backward: None,
         reason: format!("{kernel}: {why_kernel}; {tiles}: {why}"),
     })
 }
@@ -177,6 +186,7 @@ fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -
         config,
         mma: None,
         hopper: None,
+        hopper_backward: None,
         reason: format!("{kernel}: {why_kernel}; {config}: {why}"),
     })
 }
@@ -309,7 +319,9 @@ mod tests {
             let auto = select(&problem, &h200(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, kernel, "{d}, {dv}: {}", auto.reason);
             assert_eq!(auto.hopper.is_some(), kernel == Kernel::Hopper);
-            assert!(auto.mma.is_some(), "the backward is that of mma");
+            assert!(auto.mma.is_some(), "some of the gradients alone are mma's");
+            let fits = kernel == Kernel::Hopper && d.max(dv) <= 128;
+            assert_eq!(auto.hopper_backward.is_some(), fits, "{d}, {dv}: {}", auto.reason);
         }
         let error = |problem: &Problem, limits: &DeviceLimits| {
             select(problem, limits, KernelChoice::Hopper).unwrap_err().to_string()

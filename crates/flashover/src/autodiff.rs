@@ -1,4 +1,4 @@
-//! The derivative of attention: hand-written, saves q, k, v, o and lse, recomputes the rest
+//! The derivative of attention: hand-written, saves q, k, v and what the forward returned, recomputes the rest
 //! (FlashAttention, Algorithm 4).
 //!
 //! `o` and `lse` are two nodes over the same saved state, because Burn's backward step finishes one output. A loss that
@@ -13,7 +13,7 @@ use burn_autodiff::grads::Gradients as GradientStore;
 use burn_autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use flashover_kernels::operands::Wanted;
 
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
+use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeBool, MaybeFloat, MaybeInt, Plan};
 
 /// The operands that can be tracked, in the order in which they become parents when they are present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +42,7 @@ struct Saved<B: Backend> {
     operands: Vec<(Operand, NodeId)>,
     mask: MaybeBool<B>,
     key_lengths: MaybeInt<B>,
-    o: FloatTensor<B>,
-    lse: FloatTensor<B>,
+    state: ForwardState<B>,
 }
 
 #[derive(Debug)]
@@ -74,7 +73,8 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
         let (do_, dlse) = match saved.output {
             Output::O => (grad, MaybeFloat::Absent),
             Output::Lse => {
-                let zeros = B::float_zeros(saved.o.shape(), &saved.o.device(), saved.o.dtype().into());
+                let o = &saved.state.o;
+                let zeros = B::float_zeros(o.shape(), &o.device(), o.dtype().into());
                 (zeros, MaybeFloat::Present(grad))
             }
         };
@@ -84,8 +84,7 @@ impl<B: AttentionBackend, const N: usize> Backward<B, N> for AttentionBackward {
                 k.expect(present),
                 v.expect(present),
                 extras,
-                saved.o,
-                saved.lse,
+                saved.state,
                 do_,
                 dlse,
                 saved.plan,
@@ -207,30 +206,34 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
             let o = B::flashover_forward(q, k, v, extras, plan);
             return tracked.record_any(o, |_| unreachable!("nothing is tracked"));
         }
-        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), plan.clone());
+        let state = B::flashover_forward_state(q, k, v, extras.clone(), plan.clone(), true);
         let Extras { mask, key_lengths, .. } = extras;
-        let kept = o.clone();
-        tracked.record_any(o, |operands| Saved { plan, output: Output::O, operands, mask, key_lengths, o: kept, lse })
+        let o = state.o.clone();
+        tracked.record_any(o, |operands| Saved { plan, output: Output::O, operands, mask, key_lengths, state })
     }
 
-    fn flashover_forward_lse(
+    fn flashover_forward_state(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
         plan: Plan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        _for_backward: bool,
+    ) -> ForwardState<Self> {
         let tracked = Tracked::<B, C>::new(q.clone(), k.clone(), v.clone(), &extras);
         let extras = inner_extras(extras);
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-        let (o, lse) = B::flashover_forward_lse(q, k, v, extras.clone(), plan.clone());
+        let state = B::flashover_forward_state(q, k, v, extras.clone(), plan.clone(), tracked.any());
         let Extras { mask, key_lengths, .. } = extras;
         let saved = |output| {
-            let (plan, mask, key_lengths) = (plan.clone(), mask.clone(), key_lengths.clone());
-            let (o, lse) = (o.clone(), lse.clone());
-            move |operands| Saved { plan, output, operands, mask, key_lengths, o, lse }
+            let (plan, mask, key_lengths, state) = (plan.clone(), mask.clone(), key_lengths.clone(), state.clone());
+            move |operands| Saved { plan, output, operands, mask, key_lengths, state }
         };
-        (tracked.record_any(o.clone(), saved(Output::O)), tracked.record_any(lse.clone(), saved(Output::Lse)))
+        ForwardState {
+            o: tracked.record_any(state.o.clone(), saved(Output::O)),
+            lse: tracked.record_any(state.lse.clone(), saved(Output::Lse)),
+            rest: MaybeFloat::Absent,
+        }
     }
 
     fn flashover_backward(
@@ -238,8 +241,7 @@ impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B
         _k: FloatTensor<Self>,
         _v: FloatTensor<Self>,
         _extras: Extras<Self>,
-        _o: FloatTensor<Self>,
-        _lse: FloatTensor<Self>,
+        _state: ForwardState<Self>,
         _do: FloatTensor<Self>,
         _dlse: MaybeFloat<Self>,
         _plan: Plan,

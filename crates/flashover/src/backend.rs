@@ -24,6 +24,17 @@ pub struct Plan {
     pub selection: Option<Selection>,
 }
 
+impl Plan {
+    /// Whether the backward asks the forward for more than the output and the log-sum-exp.
+    pub(crate) fn keeps_rest(&self) -> bool {
+        #[cfg(feature = "cubecl-backend")]
+        let keeps = self.selection.as_ref().is_some_and(|selection| selection.hopper_backward.is_some());
+        #[cfg(not(feature = "cubecl-backend"))]
+        let keeps = false;
+        keeps
+    }
+}
+
 /// A float tensor that may be absent. (`Option` is not recognized by Burn's extension macros.)
 #[derive(Debug, Clone, ExtensionType)]
 #[cfg_attr(feature = "fusion", extension_type(fusion))]
@@ -100,6 +111,19 @@ pub struct Extras<B: Backend> {
     pub key_lengths: MaybeInt<B>,
 }
 
+/// What a forward returns that a backward may follow.
+#[derive(Debug, Clone, ExtensionType)]
+#[cfg_attr(feature = "fusion", extension_type(fusion))]
+pub struct ForwardState<B: Backend> {
+    /// The output `[B, Hq, Sq, Dv]`.
+    pub o: FloatTensor<B>,
+    /// The log-sum-exp, f32 `[B, Hq, Sq]`.
+    pub lse: FloatTensor<B>,
+    /// What rounding took from the output, in its shape and dtype, where the backward asks for it.
+    #[extension_type]
+    pub rest: MaybeFloat<B>,
+}
+
 /// The gradients that were wanted; see [`Gradients`](flashover_kernels::operands::Gradients).
 #[derive(Debug, Clone, ExtensionType)]
 #[cfg_attr(feature = "fusion", extension_type(fusion))]
@@ -151,19 +175,20 @@ pub trait AttentionBackend: Backend {
         plan: Plan,
     ) -> FloatTensor<Self>;
 
-    /// The output and the log-sum-exp, f32 `[B, Hq, Sq]`.
-    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, plan: &Plan| {
-        (output_spec(q, &plan.problem), lse_spec(&plan.problem))
+    /// The output, the log-sum-exp and, if `for_backward`, what else the backward asks for.
+    #[fusion(meta = |q: &TensorSpec, _k: &TensorSpec, _v: &TensorSpec, _extras: &ExtrasMetadata, plan: &Plan, for_backward: &bool| {
+        state_specs(q, plan, *for_backward)
     })]
-    fn flashover_forward_lse(
+    fn flashover_forward_state(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] extras: Extras<Self>,
         plan: Plan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+        for_backward: bool,
+    ) -> ForwardState<Self>;
 
-    /// The gradients that are wanted, from the output `o`, the log-sum-exp `lse`, and their gradients.
+    /// The gradients that are wanted, from what the forward returned and the gradients of its output and log-sum-exp.
     #[fusion(meta = backward_specs)]
     #[allow(clippy::too_many_arguments)]
     fn flashover_backward(
@@ -171,8 +196,7 @@ pub trait AttentionBackend: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] extras: Extras<Self>,
-        o: FloatTensor<Self>,
-        lse: FloatTensor<Self>,
+        #[extension_type] state: ForwardState<Self>,
         do_: FloatTensor<Self>,
         #[extension_type] dlse: MaybeFloat<Self>,
         plan: Plan,
@@ -197,8 +221,14 @@ mod specs {
         TensorSpec::new(problem.output_shape().into(), q.dtype)
     }
 
-    pub(super) fn lse_spec(problem: &Problem) -> TensorSpec {
-        TensorSpec::new(problem.lse_shape().into(), DType::F32)
+    pub(super) fn state_specs(q: &TensorSpec, plan: &Plan, for_backward: bool) -> ForwardStateMetadata {
+        let o = output_spec(q, &plan.problem);
+        let rest = match for_backward && plan.keeps_rest() {
+            true => MaybeFloatMetadata::Present(o.clone()),
+            false => MaybeFloatMetadata::Absent,
+        };
+        let lse = TensorSpec::new(plan.problem.lse_shape().into(), DType::F32);
+        ForwardStateMetadata { o, lse, rest }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -207,8 +237,7 @@ mod specs {
         k: &TensorSpec,
         v: &TensorSpec,
         extras: &ExtrasMetadata,
-        _o: &TensorSpec,
-        _lse: &TensorSpec,
+        _state: &ForwardStateMetadata,
         _do: &TensorSpec,
         _dlse: &MaybeFloatMetadata,
         _plan: &Plan,

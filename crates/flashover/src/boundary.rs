@@ -93,9 +93,10 @@ impl Prepared {
     /// The output and the log-sum-exp.
     pub(crate) fn forward_lse(self) -> (Tensor<4>, Tensor<3>) {
         let Prepared { q, k, v, extras, plan } = self;
-        let (o, lse) =
-            Dispatch::flashover_forward_lse(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), extras, plan);
-        (Tensor::from_dispatch(o), Tensor::from_dispatch(lse))
+        let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+        // Autodiff asks for what its backward needs.
+        let state = Dispatch::flashover_forward_state(q, k, v, extras, plan, false);
+        (Tensor::from_dispatch(state.o), Tensor::from_dispatch(state.lse))
     }
 }
 

@@ -11,7 +11,7 @@ use flashover_kernels::problem::{Element, Problem};
 use flashover_kernels::score::{Along, Derivatives, Position, Row, ScoreUse};
 
 use crate::SparsePlan;
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
+use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
 
 /// Queries of a chunk: a chunk's scores are `[B, Hq, CHUNK, Skv]`.
 const CHUNK: usize = 64;
@@ -34,14 +34,16 @@ macro_rules! chunked_backend {
                 forward::<Self>(q, k, v, extras, &plan).0
             }
 
-            fn flashover_forward_lse(
+            fn flashover_forward_state(
                 q: FloatTensor<Self>,
                 k: FloatTensor<Self>,
                 v: FloatTensor<Self>,
                 extras: Extras<Self>,
                 plan: Plan,
-            ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-                forward::<Self>(q, k, v, extras, &plan)
+                _for_backward: bool,
+            ) -> ForwardState<Self> {
+                let (o, lse) = forward::<Self>(q, k, v, extras, &plan);
+                ForwardState { o, lse, rest: MaybeFloat::Absent }
             }
 
             fn flashover_backward(
@@ -49,15 +51,14 @@ macro_rules! chunked_backend {
                 k: FloatTensor<Self>,
                 v: FloatTensor<Self>,
                 extras: Extras<Self>,
-                _o: FloatTensor<Self>,
-                lse: FloatTensor<Self>,
+                state: ForwardState<Self>,
                 do_: FloatTensor<Self>,
                 dlse: MaybeFloat<Self>,
                 plan: Plan,
                 wanted: Wanted,
             ) -> InputGradients<Self> {
                 let composition = Composition::<Self>::new(q, k, v, extras, &plan);
-                composition.backward(lse, do_, dlse.into_option(), wanted)
+                composition.backward(state.lse, do_, dlse.into_option(), wanted)
             }
         }
     )+};

@@ -15,7 +15,7 @@ use flashover_kernels::operands::{Gradients, Operands, Wanted};
 use flashover_kernels::portable;
 use flashover_kernels::select::{Kernel, Selection};
 
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
+use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
 
 impl AttentionBackend for CubeBackend {
     fn flashover_forward(
@@ -25,18 +25,19 @@ impl AttentionBackend for CubeBackend {
         extras: Extras<Self>,
         plan: Plan,
     ) -> FloatTensor<Self> {
-        forward(q, k, v, extras, &plan, false).0
+        forward(q, k, v, extras, &plan, false, false).0
     }
 
-    fn flashover_forward_lse(
+    fn flashover_forward_state(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
         plan: Plan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (o, lse) = forward(q, k, v, extras, &plan, true);
-        (o, lse.expect("the log-sum-exp was asked for"))
+        for_backward: bool,
+    ) -> ForwardState<Self> {
+        let (o, lse, rest) = forward(q, k, v, extras, &plan, true, for_backward && plan.keeps_rest());
+        ForwardState { o, lse: lse.expect("the log-sum-exp was asked for"), rest: MaybeFloat::from_option(rest) }
     }
 
     fn flashover_backward(
@@ -44,8 +45,7 @@ impl AttentionBackend for CubeBackend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        o: FloatTensor<Self>,
-        lse: FloatTensor<Self>,
+        state: ForwardState<Self>,
         do_: FloatTensor<Self>,
         dlse: MaybeFloat<Self>,
         plan: Plan,
@@ -53,30 +53,38 @@ impl AttentionBackend for CubeBackend {
     ) -> InputGradients<Self> {
         let place = Place::of(&q);
         let selection = selection(&plan);
-        let operands = operands(q, k, v, extras);
         let (problem, blocks) = (&plan.problem, place.blocks(&plan));
         let blocks = blocks.as_ref();
+        let ForwardState { o, lse, rest } = state;
+        let in_one_pass = selection.hopper_backward.zip(rest.into_option()).filter(|_| wanted.operands_together());
+        let (q, k, v, do_) = match in_one_pass {
+            Some(_) => (copied_in(q), copied_in(k), copied_in(v), copied_in(do_)),
+            None => (q, k, v, do_),
+        };
+        let operands = operands(q, k, v, extras);
         let outputs = Outputs {
             o: on_device(o),
             lse: on_device(lse),
             do_: on_device(do_),
             dlse: dlse.into_option().map(on_device),
         };
+        let portable =
+            |wanted| portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config);
         let gradients = match selection.kernel {
-            Kernel::Portable => {
-                portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config)
-            }
+            Kernel::Portable => portable(wanted),
             Kernel::Mma | Kernel::Hopper => {
-                let of_operands = wanted.operands();
-                let tiles = matrix_tiles(selection);
-                mma::backward(&place.client, problem, &operands, &outputs, blocks, of_operands, tiles).and_then(|of| {
-                    let rest = wanted.parameters();
-                    if rest.is_empty() {
-                        return Ok(of);
+                let of = match in_one_pass {
+                    Some((tiles, rest)) => {
+                        hopper::backward(&place.client, problem, &operands, &outputs, on_device(rest), tiles)
                     }
-                    let config = selection.config;
-                    let others = portable::backward(&place.client, problem, &operands, &outputs, blocks, rest, config)?;
-                    Ok(Gradients { q: of.q, k: of.k, v: of.v, ..others })
+                    None => {
+                        let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));
+                        mma::backward(&place.client, problem, &operands, &outputs, blocks, wanted, tiles)
+                    }
+                };
+                of.and_then(|of| match wanted.parameters() {
+                    rest if rest.is_empty() => Ok(of),
+                    rest => Ok(Gradients { q: of.q, k: of.k, v: of.v, ..portable(rest)? }),
                 })
             }
             other => unreachable!("the boundary selects no {other} kernel"),
@@ -102,7 +110,8 @@ fn forward(
     extras: Extras<CubeBackend>,
     plan: &Plan,
     with_lse: bool,
-) -> (CubeTensor, Option<CubeTensor>) {
+    with_rest: bool,
+) -> (CubeTensor, Option<CubeTensor>, Option<CubeTensor>) {
     let place = Place::of(&q);
     let selection = selection(plan);
     let (q, k, v) = match selection.kernel {
@@ -112,17 +121,23 @@ fn forward(
     let operands = operands(q, k, v, extras);
     let (problem, blocks) = (&plan.problem, place.blocks(plan));
     let blocks = blocks.as_ref();
+    let without_rest = |(o, lse)| (o, lse, None);
     let outputs = match selection.kernel {
-        Kernel::Portable => portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config),
-        Kernel::Mma => mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection)),
+        Kernel::Portable => {
+            portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config).map(without_rest)
+        }
+        Kernel::Mma => {
+            mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection)).map(without_rest)
+        }
         Kernel::Hopper => {
             let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");
-            hopper::forward(&place.client, problem, &operands, blocks, with_lse, tiles)
+            hopper::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, tiles)
         }
         other => unreachable!("the boundary selects no {other} kernel"),
     };
-    let (o, lse) = outputs.unwrap_or_else(|error| refused(&error));
-    (place.tensor(o), lse.map(|lse| place.tensor(lse)))
+    let (o, lse, rest) = outputs.unwrap_or_else(|error| refused(&error));
+    let maybe = |tensor: Option<DeviceTensor>| tensor.map(|tensor| place.tensor(tensor));
+    (place.tensor(o), maybe(lse), maybe(rest))
 }
 
 fn selection(plan: &Plan) -> &Selection {

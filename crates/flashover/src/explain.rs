@@ -104,7 +104,7 @@ pub fn explain(
         answer.kernel = selection.kernel.to_string();
         answer.reason = selection.reason.clone();
         let forward = match (selection.hopper, selection.mma) {
-            (Some(tiles), _) => cost::hopper_forward(problem, tiles, tracked),
+            (Some(tiles), _) => cost::hopper_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
             (None, Some(tiles)) => cost::mma_forward(problem, tiles, tracked),
             (None, None) => cost::portable_forward(problem, selection.config, tracked),
         };
@@ -112,7 +112,10 @@ pub fn explain(
         if tracked {
             let backward = match selection.mma {
                 Some(tiles) => {
-                    let mut costs = cost::mma_backward(problem, tiles, wanted, false);
+                    let mut costs = match selection.hopper_backward.filter(|_| wanted.operands_together()) {
+                        Some(tiles) => cost::hopper_backward(problem, tiles, false),
+                        None => cost::mma_backward(problem, tiles, wanted, false),
+                    };
                     let rest = wanted.parameters();
                     costs.extend(cost::portable_backward(problem, selection.config, rest, false));
                     costs

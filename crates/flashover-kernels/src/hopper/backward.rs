@@ -120,8 +120,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
             let mut ring = ring_start(1u32);
             for g in 0..group {
                 let h = first_head + g;
-                let mut m = walk.first;
-                for _ in 0..walk.steps {
+                for m in walk.first..walk.first + walk.steps {
                     let i0 = m * comptime!(cfg.bq as u32);
                     let place = (b * n.heads_q + h) * query_tiles + m;
                     barrier_wait(address_at(&q_gate, ring.stage, stages), ring.parity);
@@ -148,7 +147,6 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                         }
                     }
                     advance(&mut ring, comptime!(stages as u32));
-                    m += 1;
                 }
             }
         }

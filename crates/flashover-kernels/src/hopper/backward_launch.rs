@@ -16,7 +16,7 @@ use crate::operands::{Gradients, Operands};
 use crate::problem::Problem;
 
 /// Units of a cube of the kernels before and after.
-const UNITS: usize = 256;
+pub(crate) const ROW_UNITS: usize = 256;
 
 /// Attention backward: `dq`, `dk` and `dv`, contiguous, each in the shape and element type of its operand. `q`, `k`, `v` and the
 /// gradient of `o` are tensors that the copy engine [`reads_in_place`]; `o` is contiguous, and so is `rest`, what rounding
@@ -54,7 +54,7 @@ pub fn backward(
     let Outputs { o, lse, dlse, .. } = outputs;
     let bound = [o, &rest, d_o, lse, &statistics, &turns].into_iter().chain(dlse);
     let (bindings, address) = binding_facts(bound);
-    launcher.note("statistics_hopper", &cfg, bindings, 0, UNITS);
+    launcher.note("statistics_hopper", &cfg, bindings, 0, ROW_UNITS);
     let rows = query_tiles * cfg.bq;
     let stride = |d: usize| if d_o.shape[d] > 1 { d_o.strides[d] / 8 } else { 0 };
     let last = (0..3).map(|d| (d_o.shape[d] - 1) * stride(d)).sum::<usize>();
@@ -63,8 +63,8 @@ pub fn backward(
     unsafe {
         statistics_kernel::launch_unchecked(
             client,
-            launcher.cubes((8 * rows).div_ceil(UNITS)),
-            CubeDim::new_1d(UNITS as u32),
+            launcher.cubes((8 * rows).div_ceil(ROW_UNITS)),
+            CubeDim::new_1d(ROW_UNITS as u32),
             address,
             lines(o),
             lines(&rest),
@@ -120,14 +120,14 @@ pub fn backward(
         );
     }
     let (bindings, address) = binding_facts([&sums, &scratch, &dq].into_iter());
-    launcher.note("finish_hopper", &cfg, bindings, 0, UNITS);
+    launcher.note("finish_hopper", &cfg, bindings, 0, ROW_UNITS);
     let units = query_tiles * cfg.dq_elements() / 32;
     // SAFETY: a unit reads 8 of the vectors that the buffer was made for and tests rows and elements of dq.
     unsafe {
         finish_kernel::launch_unchecked(
             client,
-            launcher.cubes(units.div_ceil(UNITS)),
-            CubeDim::new_1d(UNITS as u32),
+            launcher.cubes(units.div_ceil(ROW_UNITS)),
+            CubeDim::new_1d(ROW_UNITS as u32),
             address,
             BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
             scratch.buffer(),

@@ -20,6 +20,7 @@ mod rows;
 mod store;
 
 pub use backward_config::HopperBackwardConfig;
+pub(crate) use backward_launch::ROW_UNITS;
 pub use backward_launch::backward;
 pub use checks::{check_limits, reads_in_place};
 pub use config::HopperConfig;

@@ -10,7 +10,7 @@ use flashover_kernels::problem::{Element, Problem};
 
 use super::{Float, Inputs, View, backward, forward};
 use crate::SparsePlan;
-use crate::backend::{AttentionBackend, Extras, InputGradients, MaybeFloat, Plan};
+use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
 
 /// Calls `$function::<T>` with the storage type `T` of an element type.
 macro_rules! with_storage_type {
@@ -36,16 +36,17 @@ impl AttentionBackend for Flex {
         with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, false)).0
     }
 
-    fn flashover_forward_lse(
+    fn flashover_forward_state(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
         plan: Plan,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        _for_backward: bool,
+    ) -> ForwardState<Self> {
         let operands = Stored::new(q, k, v, extras, plan.blocks);
         let (o, lse) = with_storage_type!(plan.problem.element, run_forward(&operands, &plan.problem, true));
-        (o, lse.expect("the log-sum-exp was asked for"))
+        ForwardState { o, lse: lse.expect("the log-sum-exp was asked for"), rest: MaybeFloat::Absent }
     }
 
     fn flashover_backward(
@@ -53,15 +54,14 @@ impl AttentionBackend for Flex {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         extras: Extras<Self>,
-        o: FloatTensor<Self>,
-        lse: FloatTensor<Self>,
+        state: ForwardState<Self>,
         do_: FloatTensor<Self>,
         dlse: MaybeFloat<Self>,
         plan: Plan,
         wanted: Wanted,
     ) -> InputGradients<Self> {
         let operands = Stored::new(q, k, v, extras, plan.blocks);
-        let saved = SavedTensors { o, lse: contiguous(lse), do_, dlse: dlse.into_option().map(contiguous) };
+        let saved = SavedTensors { o: state.o, lse: contiguous(state.lse), do_, dlse: dlse.into_option().map(contiguous) };
         with_storage_type!(plan.problem.element, run_backward(&operands, &saved, &plan.problem, wanted))
     }
 }

@@ -73,7 +73,7 @@ fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDev
             key_lengths.as_ref().map(|x| Bare::int_from_data(TensorData::new(x.clone(), [p.batch]), device)),
         ),
     };
-    let (o, lse) = Bare::flashover_forward_lse(q.clone(), k.clone(), v.clone(), extras.clone(), plan.clone());
+    let state = Bare::flashover_forward_state(q.clone(), k.clone(), v.clone(), extras.clone(), plan.clone(), true);
     let wanted = Wanted {
         q: true,
         k: true,
@@ -87,9 +87,9 @@ fn bare(problem: &Problem, inputs: &Inputs, lse_gradient: bool, device: &CubeDev
         let do_ = floats(do_, &p.output_shape(), element, device);
         let dlse = MaybeFloat::from_option(dlse.map(|dlse| floats(&dlse, &p.lse_shape(), DType::F32, device)));
         let (q, k, v, extras, plan) = (q.clone(), k.clone(), v.clone(), extras.clone(), plan.clone());
-        read_all(Bare::flashover_backward(q, k, v, extras, o.clone(), lse.clone(), do_, dlse, plan, wanted))
+        read_all(Bare::flashover_backward(q, k, v, extras, state.clone(), do_, dlse, plan, wanted))
     };
-    let (o_read, lse_read) = (read(o.clone()), read(lse.clone()));
+    let (o_read, lse_read) = (read(state.o.clone()), read(state.lse.clone()));
     let mut gradients = backward(&inputs.do_, None);
     if lse_gradient {
         // As Burn's two nodes: one backward through each output, added in f64.
