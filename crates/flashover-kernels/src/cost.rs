@@ -205,7 +205,7 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     costs.push(row("statistics_hopper", read + statistics, bindings, 0, hopper::ROW_UNITS, 0));
     let moved = model.q + 2 * (model.k + model.v) + model.o + statistics + sums + model.shared_words();
     let (shared, units) = (config.shared_bytes(), config.units());
-    costs.push(row("backward_hopper", moved, 10, shared, units, model.products(3, 2)));
+    costs.push(row("backward_hopper", moved + model.bias, 10 + model.bias_bound, shared, units, model.products(3, 2)));
     costs.push(row("finish_hopper", sums + model.q, 3, 0, hopper::ROW_UNITS, 0));
     costs
 }

@@ -125,13 +125,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
         KernelChoice::Auto => {
-            let hopper = match problem.plan {
-                // The Hopper kernel takes plans; its Partial tiles await their run of `matrix_kernels_agree_under_a_plan`.
-                Some(_) => Err("a block plan".to_string()),
-                None => {
-                    select_hopper(problem, limits, "a Hopper GPU, and this element type").map_err(|e| e.to_string())
-                }
-            };
+            let hopper = select_hopper(problem, limits, "a Hopper GPU, and this element type");
             let mma = hopper.or_else(|faster| {
                 let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
                 select_mma(problem, limits, &why)
@@ -343,9 +337,9 @@ mod tests {
         let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
         let whole = Problem { plan: Some(whole), ..even };
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
-        for planned in [planned, whole] {
+        for (planned, kernel) in [(planned, Kernel::Mma), (whole, Kernel::Hopper)] {
             let auto = select(&planned, &h200(), KernelChoice::Auto).unwrap();
-            assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
+            assert_eq!((auto.kernel, auto.hopper_backward), (kernel, None), "{}", auto.reason);
         }
     }
 

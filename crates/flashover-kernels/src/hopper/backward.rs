@@ -19,6 +19,9 @@ use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
+use super::backward_scores::{
+    KeyRows, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh, weigh_shaped, with_slopes,
+};
 use super::bulk::{
     barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, fence_shared, store_transposed, ticket,
     turn_pass, turn_wait,
@@ -26,15 +29,14 @@ use super::bulk::{
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_named, issue_scores,
-    named_read_text, named_text, named_value_text,
-    named_wait, read_named, registers_decrease, registers_increase, run_block, score_text, shared_address, transposed_text,
-    wait_products, wait_text,
+    named_read_text, named_text, named_value_text, named_wait, read_named, registers_decrease, registers_increase,
+    run_block, score_text, shared_address, transposed_text, wait_products, wait_text,
 };
 use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::pack_weights;
 use super::store::{Lines, same_factor, store_lines};
-use crate::family::element::{Head, Numbers, head_of, position};
-use crate::family::ptx::{exp2, global_address, pack, unpack, value_of};
+use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::{global_address, value_of};
 use crate::family::walk::{Walk, key_walk, query_band_step, query_walk};
 
 /// One cube a key tile and key head. `statistics` holds for each query head and query tile `−lse` in logarithms of base 2 and
@@ -46,6 +48,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     k: &TensorMap<E, Tiled>,
     v: &TensorMap<E, Tiled>,
     d_o: &TensorMap<E, Tiled>,
+    bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     statistics: &[f32],
     turns: &mut [u32],
@@ -54,6 +57,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     dv: &mut [Vector<u32, Const<4>>],
     n: Numbers,
     factor: f32,
+    #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -72,7 +76,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let mut sdq: Shared<[Vector<f32, Const<4>>]> =
         Shared::new_aligned_slice(comptime!(cfg.dq_elements() / 4), 1024usize);
     let rows: Shared<[Vector<f32, Const<2>>]> =
-        Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.bq), 1024usize);
+        Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.statistics() * cfg.bq / 2), 1024usize);
     let mut own = Shared::<[u32]>::new_slice(1usize);
     let kv_full = barriers(1usize, 1u32);
     let q_full = barriers(stages, 1u32);
@@ -98,7 +102,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let group = n.heads_q / n.heads_kv;
     let first_head = kv * group;
     let j0 = tile * comptime!(HopperBackwardConfig::BK as u32);
-    let at = head_of::<E>(b, first_head, scratch, ComptimeOption::new_None(), n, false);
+    let at = head_of::<E>(b, first_head, scratch, bias, n, with_bias);
     let walk = query_walk(j0, at, scratch, n, comptime!(cfg.shape()));
     let query_tiles = n.seq_q.div_ceil(comptime!(cfg.bq as u32));
     let (registers, spare) = comptime!(cfg.registers());
@@ -221,8 +225,8 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 + (lane / 16 * 8 + lane % 8) * 128
                 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16,
         };
-        let line = warpgroup * comptime!((cfg.dq_registers() / 4 * WARPGROUP) as u32)
-            + UNIT_POS % comptime!(WARPGROUP as u32);
+        let line =
+            warpgroup * comptime!((cfg.dq_registers() / 4 * WARPGROUP) as u32) + UNIT_POS % comptime!(WARPGROUP as u32);
         let keys = KeyRows { j: j0 + warpgroup * comptime!(ROWS as u32) + warp * 16 + quarter, column };
         run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
         run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
@@ -235,37 +239,62 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
             let mut s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
             let mut left = group * walk.steps;
             let mut t = 0u32;
+            let mut h = first_head;
             while left > 0 {
-                let step = query_band_step(walk, t, j0, at, n, false, comptime!(cfg.shape()));
-                t = select(t + 1 == walk.steps, 0u32, t + 1);
+                let step = query_band_step(walk, t, j0, at, n, with_bias, comptime!(cfg.shape()));
                 let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
                 advance(&mut ring, comptime!(stages as u32));
                 left -= 1;
                 barrier_wait(address_at(&gates.do_full, stage, stages), parity);
                 let dp_flying = gradients_of_weights::<NS>(places, stage, cfg);
-                weigh::<NS>(&mut s, &rows, stage, factor, column, cfg);
-                if !step.full {
-                    hide::<NS>(&mut s, keys, step.i0, at, n, cfg);
-                }
-                let packed = pack_weights::<NS, NP>(s, cfg.element, cfg.bq);
-                let do_matrix = descriptor(
-                    places.d_o + stage * comptime!(2 * do_len as u32),
-                    comptime!(ds_piece as u32),
-                );
+                let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
+                // Weights as dv takes them, and as ds does: without dropout, with the derivative of the softcap.
+                let (packed, w) = if comptime!(cfg.plain) {
+                    weigh::<NS>(&mut s, &rows, row, factor, cfg);
+                    if !step.full {
+                        hide::<NS>(&mut s, keys, step.i0, at, n, cfg);
+                    }
+                    let packed = pack_weights::<NS, NP>(s, cfg.element, cfg.bq);
+                    (packed, packed)
+                } else {
+                    let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
+                    let slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
+                    weigh_shaped::<NS>(&mut s, &rows, row, cfg);
+                    if !step.full {
+                        hide::<NS>(&mut s, keys, step.i0, at, n, cfg);
+                        if n.mask_at != 0 {
+                            hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
+                        }
+                    }
+                    let w = with_slopes::<NS, NP>(s, slopes, n, cfg);
+                    drop_elements::<NS>(&mut s, keys, &rows, row, n, cfg);
+                    (pack_weights::<NS, NP>(s, cfg.element, cfg.bq), w)
+                };
+                let do_matrix =
+                    descriptor(places.d_o + stage * comptime!(2 * do_len as u32), comptime!(ds_piece as u32));
                 let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
                 issue_named::<NP>(packed, do_matrix, comptime!(to_v.clone()).as_str());
                 let dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 1)).as_str());
-                let packed = differentiate::<NS, NP>(dp, packed, &rows, stage, column, cfg);
+                let mut dp = dp;
+                if comptime!(!cfg.plain) {
+                    drop_elements::<NS>(&mut dp, keys, &rows, row, n, cfg);
+                }
+                let ds = differentiate::<NS, NP>(dp, w, &rows, row, cfg);
+                t += 1;
+                if t == walk.steps {
+                    t = 0u32;
+                    h += 1;
+                }
                 let buffer = stage % 2 * comptime!(2 * cfg.score_elements() as u32);
                 #[unroll]
                 for x in 0..comptime!(cfg.bq / 16) {
                     store_transposed(
                         places.ds_write + buffer,
                         comptime!(x * 16 * 128),
-                        packed.extract(comptime!(4 * x)),
-                        packed.extract(comptime!(4 * x + 1)),
-                        packed.extract(comptime!(4 * x + 2)),
-                        packed.extract(comptime!(4 * x + 3)),
+                        ds.extract(comptime!(4 * x)),
+                        ds.extract(comptime!(4 * x + 1)),
+                        ds.extract(comptime!(4 * x + 2)),
+                        ds.extract(comptime!(4 * x + 3)),
                     );
                 }
                 fence_shared();
@@ -273,7 +302,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 let dq_flying = queries_part::<NQ>(places, buffer, cfg);
                 let q_matrix = descriptor(places.q + stage * comptime!(2 * q_len as u32), comptime!(ds_piece as u32));
                 let to_k = comptime!(named_value_text("dk", cfg.lanes()[4], cfg.head_dim, cfg.bq, cfg.element.name()));
-                issue_named::<NP>(packed, q_matrix, comptime!(to_k.clone()).as_str());
+                issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
                 let dq_lanes = comptime!(cfg.lanes()[3]);
                 let part = wait_products::<NQ>(dq_flying, comptime!(wait_text(dq_lanes, cfg.dq_columns(), 1)).as_str());
                 barrier_arrive(address_at(&gates.do_free, stage, stages), leader);
@@ -335,14 +364,6 @@ struct Places {
     ds_write: u32,
 }
 
-/// A thread's rows: keys `j` and `j + 8`; columns `column` and the next of every 8 queries.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct KeyRows {
-    j: u32,
-    column: u32,
-}
-
 /// Issues `sᵀ = k · qᵀ` of the queries in a stage.
 #[cube]
 fn scores<N: Size>(places: Places, stage: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
@@ -371,84 +392,6 @@ fn queries_part<N: Size>(places: Places, buffer: u32, #[comptime] cfg: HopperBac
     let text = comptime!(transposed_text(lanes, columns, HopperBackwardConfig::BK, piece, cfg.element.name()));
     let ds = descriptor(places.ds + buffer, 16u32);
     issue_scores::<N>(places.k_turned, ds, comptime!(text.clone()).as_str())
-}
-
-/// Products become weights `exp(s − lse)`.
-#[cube]
-fn weigh<N: Size>(
-    s: &mut Accumulator<N>,
-    rows: &Shared<[Vector<f32, Const<2>>]>,
-    stage: u32,
-    factor: f32,
-    column: u32,
-    #[comptime] cfg: HopperBackwardConfig,
-) {
-    let first = stage as usize * cfg.bq + (column / 2) as usize;
-    #[unroll]
-    for x in 0..comptime!(cfg.bq / 8) {
-        let minus_lse = rows[first + comptime!(4 * x)];
-        #[unroll]
-        for y in 0..4usize {
-            let e = comptime!(4 * x + y);
-            s.insert(e, exp2(fma(s.extract(e), factor, minus_lse.extract(comptime!(y % 2)))));
-        }
-    }
-}
-
-/// Gradients of scores, `p ∘ (dp − delta)`, from weights that are rounded, as a framework without fused attention has them: to keep
-/// them in f32 too would take more registers than there are.
-#[cube]
-fn differentiate<N: Size, P: Size>(
-    dp: Accumulator<N>,
-    p: Vector<u32, P>,
-    rows: &Shared<[Vector<f32, Const<2>>]>,
-    stage: u32,
-    column: u32,
-    #[comptime] cfg: HopperBackwardConfig,
-) -> Vector<u32, P> {
-    let first = stage as usize * cfg.bq + comptime!(cfg.bq / 2) + (column / 2) as usize;
-    let mut ds = Vector::<u32, P>::new(0u32);
-    #[unroll]
-    for x in 0..comptime!(cfg.bq / 8) {
-        let delta = rows[first + comptime!(4 * x)];
-        #[unroll]
-        for r in 0..2usize {
-            let y = comptime!(2 * x + r);
-            let (low, high) = unpack(p.extract(y), cfg.element);
-            let low = low * (dp.extract(comptime!(2 * y)) - delta.extract(0usize));
-            let high = high * (dp.extract(comptime!(2 * y + 1)) - delta.extract(1usize));
-            ds.insert(y, pack(low, high, cfg.element));
-        }
-    }
-    ds
-}
-
-/// Weights of keys that a query does not see become 0. A query past the end has none anyway: its `−lse` is −∞.
-#[cube]
-fn hide<N: Size>(
-    p: &mut Accumulator<N>,
-    keys: KeyRows,
-    i0: u32,
-    at: Head,
-    n: Numbers,
-    #[comptime] cfg: HopperBackwardConfig,
-) {
-    let from = position(i0 + keys.column, n);
-    #[unroll]
-    for r in 0..2usize {
-        // `band_allows` read for a key: the queries that see it are those of one span.
-        let j = keys.j as i32 + comptime!(8 * r as i32);
-        let sink = j < n.sinks;
-        let first = j - select(sink, n.ahead, min(n.right, n.ahead)) - from;
-        let last = select(sink, comptime!(i32::MAX).runtime(), j + n.left - from);
-        let last = select(j < at.keys, last, -1i32);
-        #[unroll]
-        for x in 0..comptime!(cfg.bq / 4) {
-            let column = comptime!((8 * (x / 2) + x % 2) as i32);
-            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
-            p.insert(e, select(column >= first && column <= last, p.extract(e), 0.0f32));
-        }
-    }
 }
 
 /// How many cubes add to query tile `m` before key tile `tile`: those whose keys come later, and the visible sinks last.

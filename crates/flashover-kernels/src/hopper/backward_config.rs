@@ -24,6 +24,8 @@ pub struct HopperBackwardConfig {
     pub head_dim: usize,
     /// Head dimension of values, likewise.
     pub value_dim: usize,
+    /// Whether only a scale changes a score, and no dense mask hides: what else there is costs registers.
+    pub plain: bool,
 }
 
 impl HopperBackwardConfig {
@@ -32,25 +34,20 @@ impl HopperBackwardConfig {
 
     /// Tiles for a problem, and why; or what the kernel has no form for.
     pub fn of(problem: &Problem) -> Result<(Self, &'static str), &'static str> {
-        let Problem { head_dim, value_dim, element, .. } = *problem;
+        let Problem { head_dim, value_dim, element, softcap, alibi, bias, mask, dropout, .. } = *problem;
         if problem.plan.is_some() {
             return Err("a block plan");
         }
-        if problem.softcap.is_some() || problem.alibi || problem.bias.is_some() {
-            return Err("scores that are not products alone");
-        }
-        if problem.mask.is_some() || problem.dropout.is_some() {
-            return Err("a mask or dropout");
-        }
+        let plain = !(softcap.is_some() || alibi || bias.is_some() || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim);
         let (Some(head_dim), Some(value_dim)) = (padded(head_dim), padded(value_dim)) else {
             return Err("head dimensions above 128");
         };
         let (bq, why) = match head_dim + value_dim {
-            ..=128 => (128, "registers hold the scores of 128 queries beside dk and dv"),
+            ..=128 if plain => (128, "registers hold the scores of 128 queries beside dk and dv"),
             _ => (64, "registers hold the scores of 64 queries beside dk and dv"),
         };
-        Ok((HopperBackwardConfig { element, bq, head_dim, value_dim }, why))
+        Ok((HopperBackwardConfig { element, bq, head_dim, value_dim, plain }, why))
     }
 
     /// As a tile of a cube that owns keys.
@@ -98,9 +95,14 @@ impl HopperBackwardConfig {
         self.bq * self.head_dim / (CONSUMERS * ROWS)
     }
 
+    /// Statistics of a query: its log-sum-exp, its `delta` and, where dropout may ask for it, its hash.
+    pub(crate) const fn statistics(&self) -> usize {
+        if self.plain { 2 } else { 3 }
+    }
+
     /// Bytes of the statistics of a tile of queries.
     pub(crate) const fn statistics_bytes(&self) -> usize {
-        2 * self.bq * size_of::<f32>()
+        self.statistics() * self.bq * size_of::<f32>()
     }
 
     /// Shared memory of a cube in bytes, barriers included.

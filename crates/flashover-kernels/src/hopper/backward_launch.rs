@@ -32,7 +32,7 @@ pub fn backward(
     check_limits(problem, &DeviceLimits::of(client), HopperConfig::of(problem).0)?;
     check_operands(problem, operands)?;
     check_outputs(problem, outputs)?;
-    let Operands { q, k, v, .. } = operands;
+    let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
     for (operand, tensor) in [("q", q), ("k", k), ("v", v), ("the gradient of o", d_o)] {
         if !reads_in_place(tensor) {
@@ -49,7 +49,7 @@ pub fn backward(
     let scratch = scratch::build(&launcher, problem, operands, None, &layout);
     let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
     let (float, word) = (f32::elem_type_native(), u32::elem_type_native());
-    let statistics = DeviceTensor::empty(client, &[query_tiles * 2 * cfg.bq], float);
+    let statistics = DeviceTensor::empty(client, &[query_tiles * cfg.statistics() * cfg.bq], float);
     let turns = DeviceTensor::empty(client, &[query_tiles + 1], word);
     let Outputs { o, lse, dlse, .. } = outputs;
     let bound = [o, &rest, d_o, lse, &statistics, &turns].into_iter().chain(dlse);
@@ -88,7 +88,7 @@ pub fn backward(
     let (dq, dk, dv) = (new(q), new(k), new(v));
     let sums = DeviceTensor::empty(client, &[query_tiles * cfg.dq_elements()], float);
     let bound = [q, k, v, d_o, &scratch, &statistics, &turns, &sums, &dk, &dv];
-    let (bindings, address) = binding_facts(bound.into_iter());
+    let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
     // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
@@ -102,6 +102,7 @@ pub fn backward(
             tiles(k, HopperBackwardConfig::BK),
             tiles(v, HopperBackwardConfig::BK),
             tiles(d_o, cfg.bq),
+            bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
             statistics.buffer(),
             turns.buffer(),
@@ -110,6 +111,7 @@ pub fn backward(
             lines(&dv),
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
+            bias.is_some(),
             cfg,
             q.elem,
             ns,

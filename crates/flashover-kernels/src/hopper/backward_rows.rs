@@ -4,11 +4,12 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::config::PIECE;
-use crate::family::element::{Numbers, head_of, is_minus_infinity};
+use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
 use crate::family::ptx::{pack, unpack};
 use crate::family::walk::key_walk;
 
-/// `−lse` in logarithms of base 2 and `delta` of each query tile, side by side, padded to whole tiles: a row that does not exist
+/// `−lse` and `delta` of each query tile, side by side, padded to whole tiles, `lse` in logarithms of base 2 where products are all
+/// that scores are made of; elsewhere also the hash for dropout: a row that does not exist
 /// or sees nothing has −∞ and 0, so that all its weights are 0. And zeros where cubes count.
 ///
 /// `delta = Σ do ∘ o − dlse` (FlashAttention-2, Algorithm 2, line 4), with `o` as it was before it was rounded: rounding does not
@@ -63,7 +64,10 @@ pub(crate) fn statistics_kernel(
         if exists {
             let row_lse = lse[b * lse.stride(0) + h * lse.stride(1) + i * lse.stride(2)];
             if !is_minus_infinity(row_lse) {
-                minus_lse = -(row_lse * comptime!(core::f32::consts::LOG2_E));
+                minus_lse = -row_lse;
+                if comptime!(cfg.plain) {
+                    minus_lse = -(row_lse * comptime!(core::f32::consts::LOG2_E));
+                }
                 delta = sum;
                 if with_dlse {
                     let dlse = dlse.unwrap();
@@ -71,9 +75,12 @@ pub(crate) fn statistics_kernel(
                 }
             }
         }
-        let first = tile * comptime!(2 * cfg.bq);
+        let first = tile * comptime!(cfg.statistics() * cfg.bq);
         statistics[first + r] = minus_lse;
         statistics[first + cfg.bq + r] = delta;
+        if comptime!(!cfg.plain) {
+            statistics[first + comptime!(2 * cfg.bq) + r] = f32::reinterpret(row_hash(head as u32, i as u32, n));
+        }
         if r == 0 {
             turns[tile + 1] = 0u32;
         }

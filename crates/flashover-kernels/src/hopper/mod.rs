@@ -9,6 +9,7 @@ mod backward;
 mod backward_config;
 mod backward_launch;
 mod backward_rows;
+mod backward_scores;
 mod bulk;
 mod checks;
 mod config;

@@ -262,7 +262,8 @@ pub(crate) fn named_text(name: &str, n: usize) -> String {
 pub(crate) fn named_value_text(name: &str, lanes_a: usize, n: usize, depth: usize, ty: &str) -> String {
     let names: Vec<String> = (0..n / 2).map(|e| format!("{name}{e}")).collect();
     let out = format!("{{{}}}", names.join(", "));
-    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\nwgmma.fence.sync.aligned;\n");
+    let mut text =
+        String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\nwgmma.fence.sync.aligned;\n");
     for step in 0..depth / 16 {
         let a = register_list(4 * step, 4);
         text += &format!("add.u64 db, %{lanes_a}, {};\n", step * 16 * 128 / 16);

@@ -10,9 +10,7 @@ use super::config::{COLS, Compiled, ROWS, STAGES, WARP, statistics_bytes};
 use super::forward::LOG2_E;
 use super::gradient::{element_with_options, row_of};
 use super::products::{accumulate, product};
-use super::ptx::{
-    Fragment, Sums, commit_copies, copy_word_async, load_shared_floats, shared_address, wait_copies,
-};
+use super::ptx::{Fragment, Sums, commit_copies, copy_word_async, load_shared_floats, shared_address, wait_copies};
 use super::scores::{hide, query_and_key};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;

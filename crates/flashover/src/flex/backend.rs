@@ -61,7 +61,8 @@ impl AttentionBackend for Flex {
         wanted: Wanted,
     ) -> InputGradients<Self> {
         let operands = Stored::new(q, k, v, extras, plan.blocks);
-        let saved = SavedTensors { o: state.o, lse: contiguous(state.lse), do_, dlse: dlse.into_option().map(contiguous) };
+        let saved =
+            SavedTensors { o: state.o, lse: contiguous(state.lse), do_, dlse: dlse.into_option().map(contiguous) };
         with_storage_type!(plan.problem.element, run_backward(&operands, &saved, &plan.problem, wanted))
     }
 }

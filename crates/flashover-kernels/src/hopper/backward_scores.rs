@@ -1,0 +1,254 @@
+//! What a thread of a warpgroup does with its elements of the transposed tiles: rows are keys, columns are queries.
+
+use cubecl::prelude::*;
+
+use super::backward_config::HopperBackwardConfig;
+use super::ptx::Accumulator;
+use crate::dropout::dropout_keeps;
+use crate::family::element::{Head, Numbers, position};
+use crate::family::ptx::{exp2, pack, unpack};
+use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
+
+/// A thread's rows: keys `j` and `j + 8`; columns `column` and the next of every 8 queries.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct KeyRows {
+    pub j: u32,
+    pub column: u32,
+}
+
+/// Statistics of the queries of the tiles in flight, pairs of neighbours: `−lse` of a tile's queries, then `delta`, then hashes.
+type Statistics = Shared<[Vector<f32, Const<2>>]>;
+
+/// Products become weights `exp(s − lse)`; `row` is where the thread's first statistic stands, `factor` takes products to
+/// logarithms of base 2.
+#[cube]
+pub(crate) fn weigh<N: Size>(
+    s: &mut Accumulator<N>,
+    rows: &Statistics,
+    row: usize,
+    factor: f32,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 8) {
+        let minus_lse = rows[row + comptime!(4 * x)];
+        #[unroll]
+        for y in 0..4usize {
+            let e = comptime!(4 * x + y);
+            s.insert(e, exp2(fma(s.extract(e), factor, minus_lse.extract(comptime!(y % 2)))));
+        }
+    }
+}
+
+/// Gradients of scores, `p ∘ (dp − delta)`, from weights that are rounded, as a framework without fused attention has them: to keep
+/// them in f32 too would take more registers than there are.
+#[cube]
+pub(crate) fn differentiate<N: Size, P: Size>(
+    dp: Accumulator<N>,
+    p: Vector<u32, P>,
+    rows: &Statistics,
+    row: usize,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Vector<u32, P> {
+    let first = row + comptime!(cfg.bq / 2);
+    let mut ds = Vector::<u32, P>::new(0u32);
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 8) {
+        let delta = rows[first + comptime!(4 * x)];
+        #[unroll]
+        for r in 0..2usize {
+            let y = comptime!(2 * x + r);
+            let (low, high) = unpack(p.extract(y), cfg.element);
+            let low = low * (dp.extract(comptime!(2 * y)) - delta.extract(0usize));
+            let high = high * (dp.extract(comptime!(2 * y + 1)) - delta.extract(1usize));
+            ds.insert(y, pack(low, high, cfg.element));
+        }
+    }
+    ds
+}
+
+/// Weights of keys that a query does not see become 0. A query past the end has none anyway: its `−lse` is −∞.
+#[cube]
+pub(crate) fn hide<N: Size>(
+    p: &mut Accumulator<N>,
+    keys: KeyRows,
+    i0: u32,
+    at: Head,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let from = position(i0 + keys.column, n);
+    #[unroll]
+    for r in 0..2usize {
+        // `band_allows` read for a key: the queries that see it are those of one span.
+        let j = keys.j as i32 + comptime!(8 * r as i32);
+        let sink = j < n.sinks;
+        let first = j - select(sink, n.ahead, min(n.right, n.ahead)) - from;
+        let last = select(sink, comptime!(i32::MAX).runtime(), j + n.left - from);
+        let last = select(j < at.keys, last, -1i32);
+        #[unroll]
+        for x in 0..comptime!(cfg.bq / 4) {
+            let column = comptime!((8 * (x / 2) + x % 2) as i32);
+            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
+            p.insert(e, select(column >= first && column <= last, p.extract(e), 0.0f32));
+        }
+    }
+}
+
+/// What a dense mask hides, as [`hide`]. The keys of a warp's rows lie in one word of 32.
+#[cube]
+pub(crate) fn hide_bits<N: Size>(
+    p: &mut Accumulator<N>,
+    keys: KeyRows,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    // Keys past the end are hidden by now, and have no word.
+    let bit = min(keys.j, n.seq_kv - 1) * n.mask_key;
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 4) {
+        // Queries past the end have no row; their weights are 0.
+        let i = min(i0 + keys.column + comptime!((8 * (x / 2) + x % 2) as u32), n.seq_q - 1);
+        let word = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+        #[unroll]
+        for r in 0..2usize {
+            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
+            let seen = (word >> ((keys.j + comptime!(8 * r as u32)) * n.mask_key % 32)) & 1u32;
+            p.insert(e, select(seen == 1u32, p.extract(e), 0.0f32));
+        }
+    }
+}
+
+/// Products become scores: scale, then softcap, then ALiBi and bias, with one branch an option. Returns the derivative of the
+/// softcap for each, packed: 1 without one.
+#[cube]
+pub(crate) fn shape_scores<E: Float, N: Size, P: Size>(
+    s: &mut Accumulator<N>,
+    keys: KeyRows,
+    i0: u32,
+    at: Head,
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Vector<u32, P> {
+    let mut slopes = Vector::<u32, P>::new(0u32);
+    #[unroll]
+    for e in 0..comptime!(cfg.bq / 2) {
+        s.insert(e, s.extract(e) * n.scale);
+    }
+    if n.softcap > 0.0f32 {
+        #[unroll]
+        for x in 0..comptime!(cfg.bq / 4) {
+            let (low, high) = (s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)));
+            let here = element_position(keys, i0, at, n, comptime!(2 * x));
+            let capped_low = Softcap::value(low, here, n.softcap);
+            let capped_high = Softcap::value(high, here, n.softcap);
+            let (tanh_low, tanh_high) = (capped_low / n.softcap, capped_high / n.softcap);
+            slopes.insert(x, pack(1.0f32 - tanh_low * tanh_low, 1.0f32 - tanh_high * tanh_high, cfg.element));
+            s.insert(comptime!(2 * x), capped_low);
+            s.insert(comptime!(2 * x + 1), capped_high);
+        }
+    }
+    if n.slopes_at != 0 {
+        #[unroll]
+        for e in 0..comptime!(cfg.bq / 2) {
+            s.insert(e, Alibi::value(s.extract(e), element_position(keys, i0, at, n, e), at.slope));
+        }
+    }
+    if with_bias {
+        let bias = bias.unwrap();
+        let (rows, columns) = (bias.stride(2), bias.stride(3));
+        #[unroll]
+        for e in 0..comptime!(cfg.bq / 2) {
+            let here = element_position(keys, i0, at, n, e);
+            // A bias has no element for what lies past the ends.
+            let i = min(i0 + keys.column + comptime!((8 * (e / 4) + e % 2) as u32), n.seq_q - 1);
+            let j = min(here.j as u32, n.seq_kv - 1);
+            let b = bias[at.bias_at + i as usize * rows + j as usize * columns];
+            s.insert(e, Bias::value(s.extract(e), here, f32::cast_from(b)));
+        }
+    }
+    slopes
+}
+
+/// Where element `e` of a thread's scores stands.
+#[cube]
+fn element_position(keys: KeyRows, i0: u32, at: Head, n: Numbers, #[comptime] e: usize) -> Position {
+    Position {
+        batch: at.batch,
+        head: at.head,
+        a: position(i0 + keys.column + comptime!((8 * (e / 4) + e % 2) as u32), n),
+        j: (keys.j + comptime!(8 * ((e / 2) % 2) as u32)) as i32,
+    }
+}
+
+/// Scores become weights; the statistics hold `−lse` in the unit of the scores.
+#[cube]
+pub(crate) fn weigh_shaped<N: Size>(
+    s: &mut Accumulator<N>,
+    rows: &Statistics,
+    row: usize,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 8) {
+        let minus_lse = rows[row + comptime!(4 * x)];
+        #[unroll]
+        for y in 0..4usize {
+            let e = comptime!(4 * x + y);
+            let exponent = s.extract(e) + minus_lse.extract(comptime!(y % 2));
+            s.insert(e, exp2(exponent * comptime!(core::f32::consts::LOG2_E)));
+        }
+    }
+}
+
+/// Weights times the derivative of the softcap, packed.
+#[cube]
+pub(crate) fn with_slopes<N: Size, P: Size>(
+    p: Accumulator<N>,
+    slopes: Vector<u32, P>,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Vector<u32, P> {
+    let mut w = Vector::<u32, P>::new(0u32);
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 4) {
+        let (slope_low, slope_high) = unpack(slopes.extract(x), cfg.element);
+        let (low, high) = (p.extract(comptime!(2 * x)), p.extract(comptime!(2 * x + 1)));
+        let capped = n.softcap > 0.0f32;
+        let (low, high) = (select(capped, low * slope_low, low), select(capped, high * slope_high, high));
+        w.insert(x, pack(low, high, cfg.element));
+    }
+    w
+}
+
+/// Dropout of weights, or of their gradients.
+#[cube]
+pub(crate) fn drop_elements<N: Size>(
+    s: &mut Accumulator<N>,
+    keys: KeyRows,
+    rows: &Statistics,
+    row: usize,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    if n.threshold != 0 {
+        #[unroll]
+        for x in 0..comptime!(cfg.bq / 8) {
+            let hashes = rows[row + comptime!(cfg.bq + 4 * x)];
+            #[unroll]
+            for y in 0..4usize {
+                let e = comptime!(4 * x + y);
+                let hash = u32::reinterpret(hashes.extract(comptime!(y % 2)));
+                let kept = s.extract(e) * n.factor;
+                let j = keys.j + comptime!(8 * (y / 2) as u32);
+                s.insert(e, select(dropout_keeps(hash, j, n.threshold), kept, 0.0f32));
+            }
+        }
+    }
+}
