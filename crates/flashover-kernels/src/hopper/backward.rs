@@ -20,7 +20,7 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::backward_scores::{
-    KeyRows, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh, weigh_shaped, with_slopes,
+    KeyRows, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh, weigh_shaped,
 };
 use super::bulk::{
     barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, fence_shared, store_transposed, ticket,
@@ -57,6 +57,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     dv: &mut [Vector<u32, Const<4>>],
     n: Numbers,
     factor: f32,
+    section: u32,
     #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
     #[define(E)] _dtype: ElemType,
@@ -92,9 +93,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     }
     sync_cube();
 
-    let tiles = n.seq_kv.div_ceil(comptime!(HopperBackwardConfig::BK as u32));
-    let work = own[0];
-    let (head, tile) = (work / tiles, tiles - 1 - work % tiles);
+    let (head, tile) = key_tile(own[0], section, n);
     if head >= n.batch * n.heads_kv {
         terminate!();
     }
@@ -248,17 +247,15 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 barrier_wait(address_at(&gates.do_full, stage, stages), parity);
                 let dp_flying = gradients_of_weights::<NS>(places, stage, cfg);
                 let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
-                // Weights as dv takes them, and as ds does: without dropout, with the derivative of the softcap.
-                let (packed, w) = if comptime!(cfg.plain) {
+                let mut slopes = Vector::<u32, NP>::new(0u32);
+                if comptime!(cfg.plain) {
                     weigh::<NS>(&mut s, &rows, row, factor, cfg);
                     if !step.full {
                         hide::<NS>(&mut s, keys, step.i0, at, n, cfg);
                     }
-                    let packed = pack_weights::<NS, NP>(s, cfg.element, cfg.bq);
-                    (packed, packed)
                 } else {
                     let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
-                    let slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
+                    slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
                     weigh_shaped::<NS>(&mut s, &rows, row, cfg);
                     if !step.full {
                         hide::<NS>(&mut s, keys, step.i0, at, n, cfg);
@@ -266,20 +263,21 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                             hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
                         }
                     }
-                    let w = with_slopes::<NS, NP>(s, slopes, n, cfg);
+                }
+                let mut dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+                if comptime!(!cfg.plain) {
+                    drop_elements::<NS>(&mut dp, keys, &rows, row, n, cfg);
+                }
+                // While weights are still in f32: rounded ones would round ds twice.
+                let ds = differentiate::<NS, NP>(dp, s, slopes, &rows, row, n, cfg);
+                if comptime!(!cfg.plain) {
                     drop_elements::<NS>(&mut s, keys, &rows, row, n, cfg);
-                    (pack_weights::<NS, NP>(s, cfg.element, cfg.bq), w)
-                };
+                }
+                let packed = pack_weights::<NS, NP>(s, cfg.element, cfg.bq);
                 let do_matrix =
                     descriptor(places.d_o + stage * comptime!(2 * do_len as u32), comptime!(ds_piece as u32));
                 let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
                 issue_named::<NP>(packed, do_matrix, comptime!(to_v.clone()).as_str());
-                let dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 1)).as_str());
-                let mut dp = dp;
-                if comptime!(!cfg.plain) {
-                    drop_elements::<NS>(&mut dp, keys, &rows, row, n, cfg);
-                }
-                let ds = differentiate::<NS, NP>(dp, w, &rows, row, cfg);
                 t += 1;
                 if t == walk.steps {
                     t = 0u32;
@@ -392,6 +390,17 @@ fn queries_part<N: Size>(places: Places, buffer: u32, #[comptime] cfg: HopperBac
     let text = comptime!(transposed_text(lanes, columns, HopperBackwardConfig::BK, piece, cfg.element.name()));
     let ds = descriptor(places.ds + buffer, 16u32);
     issue_scores::<N>(places.k_turned, ds, comptime!(text.clone()).as_str())
+}
+
+/// Head and key tile of a ticket: in sections of `section` heads, which are worked on side by side, the last tiles of all of
+/// them first. Cubes of a head then start as far apart as they must follow each other.
+#[cube]
+fn key_tile(ticket: u32, section: u32, n: Numbers) -> (u32, u32) {
+    let heads = n.batch * n.heads_kv;
+    let tiles = n.seq_kv.div_ceil(comptime!(HopperBackwardConfig::BK as u32));
+    let (first, rest) = (ticket / (section * tiles) * section, ticket % (section * tiles));
+    let wide = max(min(section, heads - min(first, heads)), 1u32);
+    (first + rest % wide, tiles - 1 - min(rest / wide, tiles - 1))
 }
 
 /// How many cubes add to query tile `m` before key tile `tile`: those whose keys come later, and the visible sinks last.

@@ -91,11 +91,15 @@ pub fn backward(
     let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
+    let key_tiles = seq_kv.div_ceil(HopperBackwardConfig::BK);
+    // As many heads side by side as there are multiprocessors for their cubes.
+    let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    let section = (multiprocessors / key_tiles).clamp(1, batch * heads_kv);
     // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
     unsafe {
         backward_kernel::launch_unchecked(
             client,
-            launcher.cubes(batch * heads_kv * seq_kv.div_ceil(HopperBackwardConfig::BK)),
+            launcher.cubes(batch * heads_kv * key_tiles),
             CubeDim::new_1d(cfg.units() as u32),
             address,
             tiles(q, cfg.bq),
@@ -111,6 +115,7 @@ pub fn backward(
             lines(&dv),
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
+            section as u32,
             bias.is_some(),
             cfg,
             q.elem,

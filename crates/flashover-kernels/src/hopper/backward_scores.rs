@@ -41,14 +41,15 @@ pub(crate) fn weigh<N: Size>(
     }
 }
 
-/// Gradients of scores, `p ∘ (dp − delta)`, from weights that are rounded, as a framework without fused attention has them: to keep
-/// them in f32 too would take more registers than there are.
+/// Gradients of products, `p ∘ (dp − delta)` and times the derivative of the softcap, packed.
 #[cube]
 pub(crate) fn differentiate<N: Size, P: Size>(
     dp: Accumulator<N>,
-    p: Vector<u32, P>,
+    p: Accumulator<N>,
+    slopes: Vector<u32, P>,
     rows: &Statistics,
     row: usize,
+    n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) -> Vector<u32, P> {
     let first = row + comptime!(cfg.bq / 2);
@@ -59,9 +60,14 @@ pub(crate) fn differentiate<N: Size, P: Size>(
         #[unroll]
         for r in 0..2usize {
             let y = comptime!(2 * x + r);
-            let (low, high) = unpack(p.extract(y), cfg.element);
-            let low = low * (dp.extract(comptime!(2 * y)) - delta.extract(0usize));
-            let high = high * (dp.extract(comptime!(2 * y + 1)) - delta.extract(1usize));
+            let (e, f) = comptime!((2 * y, 2 * y + 1));
+            let mut low = p.extract(e) * (dp.extract(e) - delta.extract(0usize));
+            let mut high = p.extract(f) * (dp.extract(f) - delta.extract(1usize));
+            if comptime!(!cfg.plain) {
+                let (slope_low, slope_high) = unpack(slopes.extract(y), cfg.element);
+                low = select(n.softcap > 0.0f32, low * slope_low, low);
+                high = select(n.softcap > 0.0f32, high * slope_high, high);
+            }
             ds.insert(y, pack(low, high, cfg.element));
         }
     }
@@ -205,26 +211,6 @@ pub(crate) fn weigh_shaped<N: Size>(
             s.insert(e, exp2(exponent * comptime!(core::f32::consts::LOG2_E)));
         }
     }
-}
-
-/// Weights times the derivative of the softcap, packed.
-#[cube]
-pub(crate) fn with_slopes<N: Size, P: Size>(
-    p: Accumulator<N>,
-    slopes: Vector<u32, P>,
-    n: Numbers,
-    #[comptime] cfg: HopperBackwardConfig,
-) -> Vector<u32, P> {
-    let mut w = Vector::<u32, P>::new(0u32);
-    #[unroll]
-    for x in 0..comptime!(cfg.bq / 4) {
-        let (slope_low, slope_high) = unpack(slopes.extract(x), cfg.element);
-        let (low, high) = (p.extract(comptime!(2 * x)), p.extract(comptime!(2 * x + 1)));
-        let capped = n.softcap > 0.0f32;
-        let (low, high) = (select(capped, low * slope_low, low), select(capped, high * slope_high, high));
-        w.insert(x, pack(low, high, cfg.element));
-    }
-    w
 }
 
 /// Dropout of weights, or of their gradients.
