@@ -77,10 +77,13 @@ def sdpa(backend):
 
 
 def flex_attention(case):
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # A compilation a case, and none of one case serves another.
+    # A compilation a case, and none of one case serves another. A backward is timed several times on one graph, so its
+    # buffers must stay.
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
     if case.causal:

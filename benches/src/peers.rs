@@ -16,7 +16,7 @@ pub mod tensors;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use flashover::kernels::mask::Band;
@@ -48,7 +48,7 @@ const CALLS: [f64; 2] = [3.0, 200.0];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub enum Name {
-    /// Our kernels for Hopper GPUs; the backward is whose the selection says.
+    /// Our kernels for Hopper GPUs.
     Hopper,
     /// Our kernels for tensor cores.
     Mma,
@@ -69,7 +69,7 @@ pub enum Name {
 impl Name {
     /// Those that take part unless others are named.
     pub const USUAL: [Name; 7] =
-        [Name::Hopper, Name::Mma, Name::Fa2, Name::Cudnn, Name::FlexAttention, Name::Flashover, Name::Burn];
+        [Name::Mma, Name::Hopper, Name::Fa2, Name::Cudnn, Name::FlexAttention, Name::Flashover, Name::Burn];
 
     /// As it is written.
     pub const fn text(self) -> &'static str {
@@ -160,8 +160,10 @@ pub fn run(plan: &Plan, choice: &Choice, report: &mut Report) -> Result<(), Stri
     }
     println!("judged by {}", judge.about()?);
     let (mut figures, mut wrong) = (Vec::new(), Vec::new());
+    let start = Instant::now();
     for case in &cases {
-        println!("{}: checking, then timing; Auto: {}", case.name(), Kernels::reason(&client, &case.problem));
+        let (seconds, reason) = (start.elapsed().as_secs(), Kernels::reason(&client, &case.problem));
+        println!("[{seconds} s] {}: checking, then timing; Auto: {reason}", case.name());
         let field = Field { run: &run, case, repeats: plan.repeats, results: folder.path().join("results") };
         figures.extend(field.measure(&mut entrants, &mut judge, report, &mut wrong)?);
     }
@@ -240,26 +242,34 @@ impl Field<'_> {
                 Err(reason) => self.absent(report, entrant.name, "every pass", reason)?,
             }
         }
-        // The judgement of a pass holds for what consists of it.
-        let mut judged: Vec<(Name, Pass)> = Vec::new();
-        for pass in [Pass::Forward, Pass::Backward] {
-            for entrant in &mut here {
-                match self.judge(entrant, judge, pass) {
-                    Ok(()) => judged.push((entrant.name, pass)),
-                    Err(reason) => {
-                        if entrant.name.is_ours() {
-                            wrong.push(format!("{}: {reason}", self.case.name()));
+        // Who was right in the backward was right in both.
+        let mut right: Vec<Name> = Vec::new();
+        for pass in Pass::ALL {
+            if pass != Pass::ForwardBackward {
+                right.clear();
+                for entrant in &mut here {
+                    match self.judge(entrant, judge, pass) {
+                        Ok(()) => right.push(entrant.name),
+                        Err(reason) => {
+                            if entrant.name.is_ours() {
+                                wrong.push(format!("{}: {reason}", self.case.name()));
+                            }
+                            self.absent(report, entrant.name, pass.name(), reason)?;
                         }
-                        self.absent(report, entrant.name, pass.name(), reason)?;
                     }
                 }
             }
-        }
-        for pass in Pass::ALL {
-            let needed = if pass == Pass::Forward { Pass::Forward } else { Pass::Backward };
-            let (mut names, mut turns) = (Vec::new(), Vec::new());
-            for entrant in here.iter_mut().filter(|entrant| judged.contains(&(entrant.name, needed))) {
+            let (mut names, mut turns, mut taken) = (Vec::new(), Vec::new(), Vec::new());
+            for entrant in here.iter_mut().filter(|entrant| right.contains(&entrant.name)) {
                 let name = entrant.name;
+                // A family may leave a pass to another's kernels.
+                let launches = entrant.contestant.launches(pass)?;
+                if !launches.is_empty() && taken.contains(&launches) {
+                    let reason = format!("the kernels are another family's: {}", launches.join(", "));
+                    self.absent(report, name, pass.name(), reason)?;
+                    continue;
+                }
+                taken.push(launches);
                 match Turn::new(&mut *entrant.contestant, pass) {
                     Ok(turn) => {
                         names.push(name);

@@ -109,6 +109,11 @@ pub trait Contestant {
 
     /// Milliseconds of so many calls in a row, waited for once.
     fn milliseconds(&mut self, pass: Pass, calls: usize) -> Result<f64, String>;
+
+    /// Names of the kernels that a pass launches, in order; none where nobody can tell.
+    fn launches(&self, _pass: Pass) -> Result<Vec<&'static str>, String> {
+        Ok(Vec::new())
+    }
 }
 
 /// Writes the judged heads of contiguous tensors, given as bytes.

@@ -65,18 +65,6 @@ impl Kernels {
         selection.map_or_else(|error| error.to_string(), |selection| selection.reason)
     }
 
-    /// Names of the kernels that a pass launches.
-    pub fn launches(&self, pass: Pass) -> Result<Vec<&'static str>, String> {
-        let call = self.call()?;
-        let outputs = self.outputs(call)?;
-        let (ran, launches) = launch_log::listen(|| match pass {
-            Pass::Forward => self.forward(call).map(drop),
-            Pass::Backward => self.backward(call, &outputs).map(drop),
-            Pass::ForwardBackward => self.outputs(call).and_then(|outputs| self.backward(call, &outputs).map(drop)),
-        });
-        ran.map(|()| launches.into_iter().map(|launch| launch.kernel).collect())
-    }
-
     /// One forward and backward, and nothing else that launches kernels.
     pub fn once(&self) -> Result<(), String> {
         let call = self.call()?;
@@ -222,5 +210,16 @@ impl Contestant for Kernels {
         }
         self.sync()?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    fn launches(&self, pass: Pass) -> Result<Vec<&'static str>, String> {
+        let call = self.call()?;
+        let outputs = self.outputs(call)?;
+        let (ran, launches) = launch_log::listen(|| match pass {
+            Pass::Forward => self.forward(call).map(drop),
+            Pass::Backward => self.backward(call, &outputs).map(drop),
+            Pass::ForwardBackward => self.outputs(call).and_then(|outputs| self.backward(call, &outputs).map(drop)),
+        });
+        ran.map(|()| launches.into_iter().map(|launch| launch.kernel).collect())
     }
 }

@@ -1,4 +1,4 @@
-//! TFLOP/s against length: a panel a pass, head dimension and mask, a line a contestant.
+//! TFLOP/s against length: a row of panels a pass and element type, a panel a head dimension and mask, a line a contestant.
 
 use std::path::Path;
 
@@ -37,8 +37,11 @@ pub fn draw(path: &Path, title: &str, figures: &[Figure]) -> Result<(), String> 
     // Plotters without system fonts knows none: the font comes with the program.
     register_font(FONT, FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
         .map_err(|_| "plot: the font that comes with this program does not parse")?;
-    let rows = [Pass::Forward, Pass::Backward].map(|pass| panels(pass, figures));
-    let rows: Vec<Vec<Panel>> = rows.into_iter().filter(|row| !row.is_empty()).collect();
+    let mut rows: Vec<Vec<Panel>> = Vec::new();
+    for pass in [Pass::Forward, Pass::Backward] {
+        let (bf16, f16) = panels(pass, figures).into_iter().partition(|panel| panel.title.ends_with("bf16"));
+        rows.extend([bf16, f16].into_iter().filter(|row: &Vec<Panel>| !row.is_empty()));
+    }
     let Some(columns) = rows.iter().map(Vec::len).max() else { return Ok(()) };
     let size = (SIZE.0 * columns as u32, SIZE.1 * rows.len() as u32 + 40);
     match path.extension().and_then(|extension| extension.to_str()) {
@@ -49,7 +52,7 @@ pub fn draw(path: &Path, title: &str, figures: &[Figure]) -> Result<(), String> 
     .map_err(failed)
 }
 
-/// The panels of a pass: element type, head dimension, mask, in that order.
+/// The panels of a pass, in the order of the figures.
 fn panels(pass: Pass, figures: &[Figure]) -> Vec<Panel> {
     let mut panels: Vec<Panel> = Vec::new();
     for figure in figures.iter().filter(|figure| figure.pass == pass) {

@@ -1,0 +1,112 @@
+//! A thousand random problems a kernel family, asked for by name: shapes, options, strides and seeds are random. Each runs
+//! twice: the first run is held against the f64 oracle, the second must give the same bits.
+//!
+//! All thousand run with `FLASHOVER_RANDOM=full`, a part of them with `FLASHOVER_RANDOM=full:K/N` (problems K, K+N, …); else
+//! as many as the machine of a CI run takes in a minute or two. With N = 10 the matrix kernels of a part have one head dimension,
+//! and so are compiled once.
+
+use burn::tensor::{DType, Device};
+use flashover::kernels::problem::Element;
+use flashover::kernels::select::KernelChoice;
+use flashover_testing::bridge::Layout;
+use flashover_testing::data::{Case, Rng};
+use flashover_testing::grid::HEAD_DIMS;
+use flashover_testing::strategy::{Sizes, cases_of};
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use crate::devices;
+use crate::grid::{Call, check_call, part};
+
+/// Problems of a family.
+const COUNT: usize = 1000;
+
+/// What a family's problems are like.
+struct Family {
+    kernel: KernelChoice,
+    /// In turns.
+    elements: Vec<Element>,
+    sizes: fn(usize, &mut Rng) -> Sizes,
+}
+
+/// Any dimensions: where they are run-time numbers.
+fn any_dims(_: usize, _: &mut Rng) -> Sizes {
+    Sizes::default()
+}
+
+/// At least three tiles of 128 a side in every other problem, and the dimensions of the grid in turns, so that parts of ten have
+/// one of them each.
+#[cfg(feature = "cuda")]
+fn matrix_sizes(n: usize, rng: &mut Rng) -> Sizes {
+    let other = if rng.chance(0.3) { 3 } else { 0 };
+    Sizes { longest: 400, long: 384, dims: Some((HEAD_DIMS[n % 10], HEAD_DIMS[(n + other) % 10])) }
+}
+
+/// Those of them that are multiples of 8, the others rounded up to one.
+#[cfg(feature = "cuda")]
+fn hopper_sizes(n: usize, rng: &mut Rng) -> Sizes {
+    let sizes = matrix_sizes(n, rng);
+    Sizes { dims: sizes.dims.map(|(d, dv)| (d.next_multiple_of(8), dv.next_multiple_of(8))), ..sizes }
+}
+
+/// Problem `n` of a family: the same in every run, whatever part of them runs.
+fn problem(family: &Family, n: usize) -> (Case, [Layout; 3]) {
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&(n as u64).to_le_bytes());
+    let mut runner = TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    let mut rng = Rng::new(n as u64);
+    let sizes = (family.sizes)(n, &mut rng);
+    let element = family.elements[n / HEAD_DIMS.len() % family.elements.len()];
+    let case = cases_of(element, sizes).new_tree(&mut runner).expect("a case").current();
+    (case, std::array::from_fn(|_| Layout::random(&mut rng)))
+}
+
+/// Every problem that is a multiple of `step` runs unless told; one without a factor in common with 10 meets every dimension.
+fn agree(family: &Family, step: usize, device: &Device) {
+    let (part, parts) = part("FLASHOVER_RANDOM").unwrap_or((0, step));
+    let (mut failures, mut count) = (Vec::new(), 0);
+    for n in (part..COUNT).step_by(parts) {
+        let (case, layouts) = problem(family, n);
+        let call = Call { kernel: family.kernel, layouts, twice: true };
+        if let Err(message) = check_call(&case, call, std::slice::from_ref(device)) {
+            failures.push(format!("problem {n}, {layouts:?}, seed {}: {message}", case.seed));
+        }
+        count += 1;
+    }
+    let shown = failures.iter().take(5).cloned().collect::<Vec<_>>().join("\n");
+    assert!(failures.is_empty(), "{} of {count} random problems failed, the first:\n{shown}", failures.len());
+    println!("{count} random problems agree by {:?} on {device:?}", family.kernel);
+}
+
+#[test]
+fn flex() {
+    let elements = vec![Element::F32, Element::BF16, Element::F64, Element::F16];
+    agree(&Family { kernel: KernelChoice::Auto, elements, sizes: any_dims }, 5, &devices::flex());
+}
+
+#[test]
+fn portable() {
+    let Some(device) = devices::gpu() else {
+        return devices::skip("random::portable", "this build has no GPU backend");
+    };
+    let of = [(Element::F32, DType::F32), (Element::F16, DType::F16), (Element::BF16, DType::BF16)];
+    let elements = of.into_iter().filter(|(_, dtype)| device.supports_dtype(*dtype)).map(|(element, _)| element);
+    let family = Family { kernel: KernelChoice::Portable, elements: elements.collect(), sizes: any_dims };
+    agree(&family, 27, &device);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn mma() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Mma, elements, sizes: matrix_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn hopper() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Hopper, elements, sizes: hopper_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
