@@ -120,10 +120,12 @@ impl Entrant {
     }
 }
 
-/// D 64 and 128, nothing masked and causal, short to long, at the same H · D and B · S.
+/// D 64 and 128, nothing masked and causal, short to long, at the same H · D and B · S; in f16, where Burn tunes itself for
+/// many seconds a shape, D 128 alone.
 fn cases(element: Element) -> Vec<Case> {
     let mut cases = Vec::new();
-    for dim in [64, 128] {
+    let dims: &[usize] = if element == Element::F16 { &[128] } else { &[64, 128] };
+    for &dim in dims {
         for band in [Band::default(), Band::causal()] {
             for (batch, seq) in [(16, 1024), (4, 4096), (1, 16_384)] {
                 cases.push(Case::new(band, batch, 2048 / dim, seq, dim, element));
@@ -436,7 +438,7 @@ mod tests {
     #[test]
     fn the_cases_are_those_of_the_issue() {
         let cases = cases(Element::BF16);
-        assert_eq!(cases.len(), 12);
+        assert_eq!((cases.len(), super::cases(Element::F16).len()), (12, 6));
         for case in &cases {
             let p = &case.problem;
             assert_eq!((p.heads_q * p.head_dim, p.batch * p.seq_q), (2048, 16_384), "{}", case.name());
