@@ -107,7 +107,7 @@ where
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(56)
-        .build_cartesian_2d((shortest / 1.15..longest * 1.15).log_scale().base(2.0), 0.0..fastest * 1.35)?;
+        .build_cartesian_2d((shortest / 1.15..longest * 1.15).log_scale().base(2.0), 0.0..fastest * 1.7)?;
     chart
         .configure_mesh()
         .x_desc("length S (B · S = 16384)")
