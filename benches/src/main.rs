@@ -6,7 +6,9 @@
 mod case;
 mod gate;
 mod gemm;
+mod io;
 mod memory;
+mod peers;
 mod report;
 mod sparse;
 mod suites;
@@ -15,6 +17,7 @@ mod torch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
@@ -28,6 +31,10 @@ enum Suite {
     Flex,
     /// The GPU that the build's features choose, against Burn's own attention.
     Gpu,
+    /// An NVIDIA GPU: our kernels by name, Burn's attention, and through PyTorch FlashAttention-2, cuDNN and FlexAttention.
+    Peers,
+    /// An NVIDIA GPU: operations, bytes of memory by hardware counters, and time, of standard attention and of ours.
+    Io,
 }
 
 /// flashover against its peers.
@@ -44,24 +51,61 @@ struct Arguments {
     /// Only cases whose name contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Suite peers: who takes part; all but portable unless named.
+    #[arg(long, value_delimiter = ',')]
+    contestants: Vec<peers::Name>,
+    /// Suites peers and io: seconds that an answer of another library may take.
+    #[arg(long, default_value_t = 90)]
+    limit: u64,
+    /// Suite peers: draw TFLOP/s against length into this PNG or SVG file.
+    #[arg(long)]
+    plot: Option<PathBuf>,
+    /// Answer as this contestant to the process that started this one.
+    #[arg(long, hide = true, requires = "data")]
+    serve: Option<String>,
+    /// Suite io: run this once and nothing else, for a profiler.
+    #[arg(long, hide = true, requires = "data")]
+    once: Option<String>,
+    /// Where the operands lie.
+    #[arg(long, hide = true)]
+    data: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let plan = suites::Plan { repeats: arguments.repeats.max(1), only: arguments.only };
-    let measured = report::Report::new(arguments.json).and_then(|mut report| {
-        let ended = match arguments.suite {
-            Suite::Flex => suites::flex(&plan, &mut report),
-            Suite::Gpu => suites::gpu(&plan, &mut report),
-        };
-        report::table(report.rows());
-        ended
-    });
-    match measured {
+    match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(arguments: Arguments) -> Result<(), String> {
+    let data = arguments.data.unwrap_or_default();
+    if let Some(name) = arguments.serve {
+        return peers::serve(&name, data);
+    }
+    if let Some(name) = arguments.once {
+        return io::once(&name, data);
+    }
+    let plan = suites::Plan { repeats: arguments.repeats.max(1), only: arguments.only };
+    let limit = Duration::from_secs(arguments.limit);
+    let mut report = report::Report::new(arguments.json)?;
+    let ended = match arguments.suite {
+        Suite::Flex => suites::flex(&plan, &mut report),
+        Suite::Gpu => suites::gpu(&plan, &mut report),
+        Suite::Peers => {
+            let names =
+                if arguments.contestants.is_empty() { peers::Name::USUAL.into() } else { arguments.contestants };
+            let choice = peers::Choice { names, limit, plot: arguments.plot };
+            peers::run(&plan, &choice, &mut report)
+        }
+        Suite::Io => io::run(&plan, limit, &mut report),
+    };
+    // Peers have a table of their own.
+    if arguments.suite != Suite::Peers {
+        report::table(report.rows());
+    }
+    ended
 }

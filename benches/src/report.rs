@@ -13,13 +13,17 @@ pub struct Row {
     pub suite: &'static str,
     /// Case name, which spells the problem.
     pub case: String,
-    /// `forward_ms`, `backward_ms`, `forward_backward_ms`, `peak_extra_bytes`, `tflops` or `tbps`.
+    /// `forward_ms`, `backward_ms`, `forward_backward_ms`, `peak_extra_bytes`, `tflops` or `tbps`; in the suites `peers` and
+    /// `io` also `…_tflops` of a pass, `gflop`, `hbm_bytes` and `hbm_bytes_predicted`.
     pub metric: &'static str,
+    /// Our kernel family, where one was asked for by name.
+    pub kernel: Option<&'static str>,
     /// Our figure.
     pub ours: f64,
     /// The peer's, if there is one.
     pub peer: Option<f64>,
-    /// `burn`, `fa2`, `cudnn`, `flex_attention`, `torch_cpu`, `gemm`.
+    /// `burn`, `fa2`, `cudnn`, `flex_attention`, `standard`, `torch_cpu`, `gemm`, or `counters`: what was measured beside what
+    /// was predicted.
     pub peer_name: Option<&'static str>,
     /// Above 1 where we are better.
     pub ratio: Option<f64>,
@@ -27,8 +31,32 @@ pub struct Row {
     pub unit: &'static str,
     /// Device, with what matters of it.
     pub device: String,
+    /// Version of the device's driver, where it is known.
+    pub driver: Option<String>,
     /// Git revision of the tree, with `+` when it was changed.
     pub revision: String,
+}
+
+impl Row {
+    /// The same of a kernel family.
+    pub fn of(self, kernel: &'static str) -> Self {
+        Row { kernel: Some(kernel), ..self }
+    }
+}
+
+/// A figure that there is none of, and why. It stands among the rows, so that a record says what it lacks.
+#[derive(Debug, Clone, Serialize)]
+pub struct Absent {
+    /// Suite that tried.
+    pub suite: &'static str,
+    /// Case name, or the whole suite's.
+    pub case: String,
+    /// Whose figure.
+    pub of: String,
+    /// Which: a pass or a metric.
+    pub what: String,
+    /// Why there is none.
+    pub not_measured: String,
 }
 
 /// What all rows of a run share.
@@ -38,14 +66,16 @@ pub struct Run {
     pub suite: &'static str,
     /// Device.
     pub device: String,
+    /// Its driver.
+    pub driver: Option<String>,
     /// Revision.
     pub revision: String,
 }
 
 impl Run {
-    /// A run of `suite` on `device` at the tree's revision.
-    pub fn new(suite: &'static str, device: String) -> Self {
-        Run { suite, device, revision: revision() }
+    /// A run of `suite` on `device` with `driver` at the tree's revision.
+    pub fn new(suite: &'static str, device: String, driver: Option<String>) -> Self {
+        Run { suite, device, driver, revision: revision() }
     }
 
     /// A figure of which less is better.
@@ -67,21 +97,24 @@ impl Run {
         ratio: fn(f64, f64) -> f64,
     ) -> Row {
         let unit = match metric {
-            "peak_extra_bytes" => "bytes",
-            "tflops" => "TFLOP/s",
+            "peak_extra_bytes" | "hbm_bytes" | "hbm_bytes_predicted" => "bytes",
             "tbps" => "TB/s",
+            "gflop" => "GFLOP",
+            rate if rate.ends_with("tflops") => "TFLOP/s",
             _ => "ms",
         };
         Row {
             suite: self.suite,
             case: case.into(),
             metric,
+            kernel: None,
             ours,
             peer: peer.map(|(_, peer)| peer),
             peer_name: peer.map(|(name, _)| name),
             ratio: peer.map(|(_, peer)| ratio(ours, peer)),
             unit,
             device: self.device.clone(),
+            driver: self.driver.clone(),
             revision: self.revision.clone(),
         }
     }
@@ -92,15 +125,19 @@ pub fn table(rows: &[Row]) {
     if let Some(first) = rows.first() {
         println!("\nsuite {} on {}, revision {}", first.suite, first.device, first.revision);
     }
-    println!("{:<44} {:<20} {:>14} {:>14} {:<15} {:>7}", "case", "metric", "ours", "peer", "peer name", "ratio");
+    println!(
+        "{:<44} {:<20} {:<10} {:>14} {:>14} {:<15} {:>7}",
+        "case", "metric", "kernel", "ours", "peer", "peer name", "ratio"
+    );
     for row in rows {
         let peer = row.peer.map_or("-".into(), |peer| number(peer, row.unit));
         let ratio = row.ratio.map_or("-".into(), |ratio| format!("{ratio:.2}x"));
         let ours = number(row.ours, row.unit);
         println!(
-            "{:<44} {:<20} {ours:>14} {peer:>14} {:<15} {ratio:>7}",
+            "{:<44} {:<20} {:<10} {ours:>14} {peer:>14} {:<15} {ratio:>7}",
             row.case,
             row.metric,
+            row.kernel.unwrap_or("-"),
             row.peer_name.unwrap_or("-")
         );
     }
@@ -125,11 +162,22 @@ impl Report {
 
     /// Adds a row.
     pub fn push(&mut self, row: Row) -> Result<(), String> {
+        self.write(&row)?;
+        self.rows.push(row);
+        Ok(())
+    }
+
+    /// Notes, and says, that there is no figure.
+    pub fn absent(&mut self, absent: &Absent) -> Result<(), String> {
+        println!("{}: {} of {} not measured: {}", absent.case, absent.what, absent.of, absent.not_measured);
+        self.write(absent)
+    }
+
+    fn write(&mut self, line: &impl Serialize) -> Result<(), String> {
         if let Some((file, path)) = &mut self.json {
-            let line = serde_json::to_string(&row).map_err(|error| error.to_string())?;
+            let line = serde_json::to_string(line).map_err(|error| error.to_string())?;
             writeln!(file, "{line}").map_err(|error| format!("writing {}: {error}", path.display()))?;
         }
-        self.rows.push(row);
         Ok(())
     }
 

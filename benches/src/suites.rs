@@ -18,7 +18,12 @@ pub struct Plan {
 
 impl Plan {
     fn takes(&self, case: &Case) -> bool {
-        self.only.as_ref().is_none_or(|only| case.name().contains(only))
+        self.takes_name(&case.name())
+    }
+
+    /// Whether a case of that name is asked for.
+    pub fn takes_name(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only))
     }
 }
 
@@ -30,7 +35,7 @@ fn window(keys: u32) -> Band {
 /// The native CPU path: B1 H8 D64 at S 4096 against Burn's Flex, the GEMM rate, PyTorch; memory up to S 65,536.
 pub fn flex(plan: &Plan, report: &mut Report) -> Result<(), String> {
     let device = Device::flex();
-    let run = Run::new("flex", cpu_name());
+    let run = Run::new("flex", cpu_name(), None);
     let gemm = gemm::f32_rate(2048, plan.repeats);
     match &gemm {
         Some((rate, name)) => println!("f32 GEMM 2048³: {:.1} GFLOP/s ({name}); ours runs {}", rate / 1e9, simd()),
@@ -69,7 +74,10 @@ pub fn gpu(plan: &Plan, report: &mut Report) -> Result<(), String> {
     }
     let name = format!("{device:?}");
     let card = if name.contains("Cuda") { cuda_card() } else { None };
-    let run = Run::new("gpu", card.unwrap_or(name));
+    let run = match card {
+        Some((card, driver)) => Run::new("gpu", card, Some(driver)),
+        None => Run::new("gpu", name, None),
+    };
     let f16 = device.supports_dtype(burn::tensor::DType::F16);
     let elements = if f16 { vec![Element::F32, Element::F16] } else { vec![Element::F32] };
     for element in elements {
@@ -209,12 +217,13 @@ fn simd() -> &'static str {
     flashover::flex_simd()
 }
 
-/// NVIDIA's card and driver, where its tool is at hand.
-fn cuda_card() -> Option<String> {
+/// NVIDIA's card and the version of its driver, where NVIDIA's tool is at hand.
+pub fn cuda_card() -> Option<(String, String)> {
     let arguments = ["--query-gpu=name,driver_version", "--format=csv,noheader"];
     let output = std::process::Command::new("nvidia-smi").args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
-    text.lines().next().map(|line| line.replace(", ", ", driver "))
+    let (card, driver) = text.lines().next()?.split_once(", ")?;
+    Some((card.into(), driver.trim().into()))
 }
 
 fn cpu_name() -> String {

@@ -6,7 +6,7 @@ use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::score::ScoreCode;
 use flashover::{AttentionError, AttentionOptions};
 
-use crate::data::Inputs;
+use crate::data::{Inputs, Rng};
 pub use crate::head::sum;
 use crate::score::{Buckets, Waves};
 
@@ -47,9 +47,53 @@ pub struct Results {
     pub gradients: Gradients<Vec<f64>>,
 }
 
+/// How a `[B, H, S, D]` tensor lies in memory: rows of `D` elements, with NaN before and after each that nobody may read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Layout {
+    /// Heads lie within positions, as a projection leaves them: stored `[B, S, H, D]`.
+    pub heads_inner: bool,
+    /// Elements before each row: of what else was projected with it.
+    pub before: usize,
+    /// Elements after each row.
+    pub after: usize,
+}
+
+impl Layout {
+    /// Any: rows at multiples of 16 bytes (in 16-bit elements) or not, with gaps or without.
+    pub fn random(rng: &mut Rng) -> Self {
+        let gap = |rng: &mut Rng| [0, 0, 8, 3][rng.below(4)];
+        Layout { heads_inner: rng.chance(0.5), before: gap(rng), after: gap(rng) }
+    }
+
+    /// The tensor of that content that lies so.
+    fn tensor(self, data: &[f64], shape: [usize; 4], element: Element, device: &Device) -> Tensor<4> {
+        let [b, h, s, d] = shape;
+        let Layout { heads_inner, before, after } = self;
+        let width = before + d + after;
+        if width == d && !heads_inner || data.is_empty() {
+            return floats(data, shape, element, device);
+        }
+        let mut stored = vec![f64::NAN; b * h * s * width];
+        for (n, row) in data.chunks_exact(d).enumerate() {
+            let (bh, i) = (n / s, n % s);
+            let at = if heads_inner { (bh / h * s + i) * h + bh % h } else { n };
+            stored[at * width + before..][..d].copy_from_slice(row);
+        }
+        let outer = if heads_inner { [b, s, h] } else { [b, h, s] };
+        let stored = floats(&stored, [outer[0], outer[1], outer[2], width], element, device);
+        let rows = stored.slice([0..outer[0], 0..outer[1], 0..outer[2], before..before + d]);
+        if heads_inner { rows.swap_dims(1, 2) } else { rows }
+    }
+}
+
 impl Tensors {
     /// Puts the inputs on `device`. Floats that can have a gradient are tracked if the device is an autodiff one.
     pub fn new(problem: &Problem, inputs: &Inputs, device: &Device) -> Self {
+        Self::laid_out(problem, inputs, [Layout::default(); 3], device)
+    }
+
+    /// [`new`](Self::new) with q, k and v that lie as told.
+    pub fn laid_out(problem: &Problem, inputs: &Inputs, layouts: [Layout; 3], device: &Device) -> Self {
         let p = problem;
         let Operands { q, k, v, bias, mask, alibi_slopes, learned_sinks, score_parameters, key_lengths } =
             &inputs.operands;
@@ -57,10 +101,14 @@ impl Tensors {
         let statistic = if p.element == Element::F64 { Element::F64 } else { Element::F32 };
         let tracked1 =
             |data: &Option<Vec<f64>>| data.as_ref().map(|x| track(floats(x, [p.heads_q], statistic, device)));
+        let [q_lies, k_lies, v_lies] = layouts;
+        let laid_out = |data: &[f64], layout: Layout, heads, seq, dim| {
+            track(layout.tensor(data, [p.batch, heads, seq, dim], p.element, device))
+        };
         Tensors {
-            q: tracked4(q, [p.batch, p.heads_q, p.seq_q, p.head_dim]),
-            k: tracked4(k, [p.batch, p.heads_kv, p.seq_kv, p.head_dim]),
-            v: tracked4(v, [p.batch, p.heads_kv, p.seq_kv, p.value_dim]),
+            q: laid_out(q, q_lies, p.heads_q, p.seq_q, p.head_dim),
+            k: laid_out(k, k_lies, p.heads_kv, p.seq_kv, p.head_dim),
+            v: laid_out(v, v_lies, p.heads_kv, p.seq_kv, p.value_dim),
             bias: bias.as_ref().map(|x| tracked4(x, p.bias.expect("the problem has a bias"))),
             mask: mask.as_ref().map(|x| {
                 let shape = p.mask.expect("the problem has a mask");
@@ -143,7 +191,17 @@ pub fn run_with(
     device: &Device,
     more: impl FnOnce(AttentionOptions) -> AttentionOptions,
 ) -> Result<Results, AttentionError> {
-    let t = Tensors::new(problem, inputs, device);
+    run_on(problem, &Tensors::new(problem, inputs, device), lse_gradient, more)
+}
+
+/// [`run_with`] of tensors that are there already.
+pub fn run_on(
+    problem: &Problem,
+    t: &Tensors,
+    lse_gradient: bool,
+    more: impl FnOnce(AttentionOptions) -> AttentionOptions,
+) -> Result<Results, AttentionError> {
+    let device = &t.q.device();
     let options = more(t.options(problem));
     let (o, lse) = flashover::attention_with_lse(t.q.clone(), t.k.clone(), t.v.clone(), &options)?;
     let mut gradients = Gradients::default();

@@ -20,9 +20,31 @@ pub const LONG: usize = 192;
 /// Largest head dimension of a random problem.
 pub const MAX_DIM: usize = 96;
 
+/// How large random problems are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Most queries, and keys.
+    pub longest: usize,
+    /// Least queries and keys of every other problem.
+    pub long: usize,
+    /// Head and value dimension; any up to [`MAX_DIM`] if `None`.
+    pub dims: Option<(usize, usize)>,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Sizes { longest: MAX_LENGTH, long: LONG, dims: None }
+    }
+}
+
 /// Random cases: a problem of [`problems`], any seed, with or without a gradient of `lse`.
 pub fn cases(element: Element) -> impl Strategy<Value = Case> {
-    (problems(element), any::<u64>(), any::<bool>()).prop_map(|(problem, seed, lse_gradient)| Case {
+    cases_of(element, Sizes::default())
+}
+
+/// [`cases`] of other sizes.
+pub fn cases_of(element: Element, sizes: Sizes) -> impl Strategy<Value = Case> {
+    (problems_of(element, sizes), any::<u64>(), any::<bool>()).prop_map(|(problem, seed, lse_gradient)| Case {
         problem,
         seed,
         lse_gradient,
@@ -32,7 +54,11 @@ pub fn cases(element: Element) -> impl Strategy<Value = Case> {
 /// Random problems: up to [`MAX_LENGTH`] queries and keys, head dimensions from 1 to [`MAX_DIM`], each option on or off
 /// by itself. Half of them have at least [`LONG`] queries and keys, and of any a quarter have as many queries as keys.
 pub fn problems(element: Element) -> impl Strategy<Value = Problem> {
-    (shapes(element), bands(), options()).prop_map(|(plain, band, options)| {
+    problems_of(element, Sizes::default())
+}
+
+fn problems_of(element: Element, sizes: Sizes) -> impl Strategy<Value = Problem> {
+    (shapes(element, sizes), bands(), options()).prop_map(|(plain, band, options)| {
         let shape = |has: [bool; 4]| std::array::from_fn(|axis| if has[axis] { plain.score_shape()[axis] } else { 1 });
         Problem {
             scale: options.scale.unwrap_or(plain.scale),
@@ -49,14 +75,18 @@ pub fn problems(element: Element) -> impl Strategy<Value = Problem> {
     })
 }
 
-fn shapes(element: Element) -> impl Strategy<Value = Problem> {
+fn shapes(element: Element, sizes: Sizes) -> impl Strategy<Value = Problem> {
+    let Sizes { longest, long, dims } = sizes;
     let lengths = |range: RangeInclusive<usize>| {
         let equal = range.clone().prop_map(|length| (length, length));
         prop_oneof![3 => (range.clone(), range), 1 => equal]
     };
-    let dims = prop_oneof![(1..=MAX_DIM, 1..=MAX_DIM), (1..=MAX_DIM).prop_map(|dim| (dim, dim))];
+    let dims = match dims {
+        Some(dims) => Just(dims).boxed(),
+        None => prop_oneof![(1..=MAX_DIM, 1..=MAX_DIM), (1..=MAX_DIM).prop_map(|dim| (dim, dim))].boxed(),
+    };
     let heads = prop_oneof![Just((1, 1)), Just((2, 2)), Just((2, 1)), Just((4, 2))];
-    (1..=2usize, heads, prop_oneof![lengths(0..=MAX_LENGTH), lengths(LONG..=MAX_LENGTH)], dims).prop_map(
+    (1..=2usize, heads, prop_oneof![lengths(0..=longest), lengths(long..=longest)], dims).prop_map(
         move |(batch, (heads_q, heads_kv), (seq_q, seq_kv), (head_dim, value_dim))| {
             let q = [batch, heads_q, seq_q, head_dim];
             let k = [batch, heads_kv, seq_kv, head_dim];

@@ -5,6 +5,7 @@ use burn::backend::{Dispatch, DispatchDevice};
 use burn::tensor::{DType, Device, Int, IntDType, Tensor};
 use flashover_kernels::problem::{Element, Problem};
 use flashover_kernels::score::ScoreUse;
+use flashover_kernels::select::KernelChoice;
 
 use crate::backend::{AttentionBackend, Extras, MaybeBool, MaybeFloat, MaybeInt, Plan};
 use crate::{AttentionError, AttentionOptions, SparsePlan};
@@ -73,7 +74,7 @@ impl Prepared {
         let blocks = options.checked_plan()?;
         problem.plan = blocks.map(|blocks| blocks.shape_for(&problem)).transpose()?;
         backend_is_built(&device)?;
-        let plan = plan(problem, blocks.cloned(), &device)?;
+        let plan = plan(problem, blocks.cloned(), &device, options.kernel)?;
         let extras = extras(options, element, device.as_dispatch());
         Ok(Prepared { q, k, v, extras, plan })
     }
@@ -101,26 +102,40 @@ impl Prepared {
 }
 
 /// Chooses the kernel of a CubeCL device.
-fn plan(problem: Problem, blocks: Option<SparsePlan>, device: &Device) -> Result<Plan, AttentionError> {
+fn plan(
+    problem: Problem,
+    blocks: Option<SparsePlan>,
+    device: &Device,
+    choice: KernelChoice,
+) -> Result<Plan, AttentionError> {
+    let nothing_to_choose = || match choice {
+        KernelChoice::Auto => Ok(()),
+        named => Err(AttentionError::Kernel(format!(
+            "expected a CubeCL device for a kernel by name ({named:?}), got {device:?}"
+        ))),
+    };
     #[cfg(feature = "cubecl-backend")]
     {
         use flashover_kernels::device::DeviceLimits;
-        use flashover_kernels::select::{KernelChoice, select};
+        use flashover_kernels::select::select;
 
         let selection = match executing(device.as_dispatch()) {
             DispatchDevice::Cube(device) => {
                 let limits = DeviceLimits::of(&device.client());
-                let selection = select(&problem, &limits, KernelChoice::Auto);
+                let selection = select(&problem, &limits, choice);
                 Some(selection.map_err(|error| AttentionError::Kernel(error.to_string()))?)
             }
             #[allow(unreachable_patterns)]
-            _ => None,
+            _ => {
+                nothing_to_choose()?;
+                None
+            }
         };
         Ok(Plan { problem, blocks, selection })
     }
     #[cfg(not(feature = "cubecl-backend"))]
     {
-        let _ = device;
+        nothing_to_choose()?;
         Ok(Plan { problem, blocks })
     }
 }

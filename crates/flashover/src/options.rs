@@ -5,6 +5,7 @@ use flashover_kernels::dropout::Dropout;
 use flashover_kernels::mask::{Band, Mask, MaskError, UNBOUNDED};
 use flashover_kernels::problem::ProblemError;
 use flashover_kernels::score::{ScoreCode, ScoreFunction};
+use flashover_kernels::select::KernelChoice;
 
 use crate::SparsePlan;
 
@@ -33,6 +34,7 @@ pub struct AttentionOptions {
     pub(crate) score_function: Option<(ScoreCode, Tensor<1>)>,
     pub(crate) plan: Option<SparsePlan>,
     pub(crate) another_mask: Option<MaskError>,
+    pub(crate) kernel: KernelChoice,
 }
 
 impl AttentionOptions {
@@ -194,6 +196,25 @@ impl AttentionOptions {
     pub fn plan_of(mut self, plan: &SparsePlan, mask: &Mask) -> Self {
         self = self.plan(plan);
         self.another_mask = plan.block_plan().check_mask(mask).err();
+        self
+    }
+
+    /// Asks for a kernel by name; [`KernelChoice::Auto`] unless given. The call is refused where that kernel cannot run: it
+    /// never falls back to another. Names are those of the CubeCL kernels; on the CPU and where attention is composed of the
+    /// backend's operations there is nothing to choose, and every name is refused.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Tensor};
+    /// use flashover::kernels::select::KernelChoice;
+    /// use flashover::{AttentionOptions, attention};
+    ///
+    /// let q = Tensor::<4>::zeros([1, 2, 64, 64], &Device::flex());
+    /// let options = AttentionOptions::new().kernel(KernelChoice::Mma);
+    /// let error = attention(q.clone(), q.clone(), q, &options).unwrap_err();
+    /// assert!(error.to_string().contains("Mma"), "{error}");
+    /// ```
+    pub fn kernel(mut self, choice: KernelChoice) -> Self {
+        self.kernel = choice;
         self
     }
 

@@ -1,6 +1,7 @@
 //! Bad input is refused before anything runs, with a message that says what was expected and what came.
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
+use flashover::kernels::select::KernelChoice;
 use flashover::{AttentionError, AttentionOptions, attention};
 
 use crate::devices;
@@ -35,6 +36,28 @@ fn shapes_that_do_not_fit() {
         (Q, K, [2, 2, 7, 300], "value dimension: expected 1 to 256, got 300"),
     ] {
         assert_eq!(refused(q, k, v, &plain).to_string(), message);
+    }
+}
+
+/// A kernel by name is that kernel or an error, also where there are no kernels to choose from.
+#[test]
+fn kernels_by_name() {
+    for choice in [KernelChoice::Portable, KernelChoice::Mma, KernelChoice::Hopper] {
+        let message = refused_options(AttentionOptions::new().kernel(choice));
+        let expected = format!("kernel: expected a CubeCL device for a kernel by name ({choice:?}), got ");
+        assert!(message.starts_with(&expected), "{message}");
+    }
+    let Some(gpu) = devices::gpu() else {
+        return devices::skip("bad_input::kernels_by_name", "this build has no GPU backend");
+    };
+    let q = Tensor::<4>::zeros(Q, &gpu);
+    let call = |choice| attention(q.clone(), q.clone(), q.clone(), &AttentionOptions::new().kernel(choice));
+    call(KernelChoice::Portable).expect("it runs everywhere");
+    // In f32 neither takes it, on any device.
+    for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Hopper, "hopper")] {
+        let message = call(choice).expect_err("not in f32").to_string();
+        let expected = format!("kernel: the {name} kernel was asked for and cannot run: ");
+        assert!(message.starts_with(&expected), "{message}");
     }
 }
 

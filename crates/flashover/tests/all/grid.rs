@@ -2,12 +2,16 @@
 //!
 //! All pairs of the grid's factors run always. The whole grid runs with `FLASHOVER_GRID=full`, or a part of it with
 //! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type).
+//!
+//! With `FLASHOVER_KERNEL=portable`, `mma` or `hopper` the grid runs on the GPU alone and by that kernel, which must refuse what
+//! it cannot run and nothing else.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Device};
-use flashover::kernels::problem::Element;
-use flashover_testing::bridge;
+use flashover::kernels::problem::{Element, Problem};
+use flashover::kernels::select::KernelChoice;
+use flashover_testing::bridge::{self, Layout, Results, Tensors};
 use flashover_testing::data::{Case, Inputs};
 use flashover_testing::grid::{all_pairs_cases, full_cases};
 use flashover_testing::tolerance::References;
@@ -17,8 +21,24 @@ use crate::devices;
 /// Longest sequence of the grid.
 const LONGEST: usize = 1023;
 
+/// How a case is called.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Call {
+    /// By which kernel.
+    pub kernel: KernelChoice,
+    /// How q, k and v lie.
+    pub layouts: [Layout; 3],
+    /// Once more, for the same bits.
+    pub twice: bool,
+}
+
 /// Runs a case on each device and holds every result against the oracle. The error lists what failed, and where.
 pub fn check(case: &Case, devices: &[Device]) -> Result<(), String> {
+    check_call(case, Call::default(), devices)
+}
+
+/// [`check`] of a call that says more.
+pub fn check_call(case: &Case, call: Call, devices: &[Device]) -> Result<(), String> {
     let start = Instant::now();
     #[cfg(any(feature = "cuda", feature = "webgpu"))]
     flashover::kernels::device::poison_new_tensors();
@@ -28,7 +48,7 @@ pub fn check(case: &Case, devices: &[Device]) -> Result<(), String> {
     let mut failures = Vec::new();
     for device in devices {
         let start = Instant::now();
-        if let Err(message) = check_on(case, &inputs, &references, device) {
+        if let Err(message) = check_on(case, call, &inputs, &references, device) {
             let failure = format!("{} on {device:?}:\n{message}", case.name());
             println!("FAILED {failure}");
             failures.push(failure);
@@ -39,9 +59,12 @@ pub fn check(case: &Case, devices: &[Device]) -> Result<(), String> {
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
 }
 
-fn check_on(case: &Case, inputs: &Inputs, references: &References, device: &Device) -> Result<(), String> {
-    let results = bridge::run(&case.problem, inputs, case.lse_gradient, &device.clone().autodiff())
-        .map_err(|error| format!("refused: {error}"))?;
+fn check_on(case: &Case, call: Call, inputs: &Inputs, references: &References, device: &Device) -> Result<(), String> {
+    let tensors = Tensors::laid_out(&case.problem, inputs, call.layouts, &device.clone().autodiff());
+    let run = || bridge::run_on(&case.problem, &tensors, case.lse_gradient, |options| options.kernel(call.kernel));
+    let results = run().map_err(|error| format!("refused: {error}"))?;
+    let again =
+        if call.twice { Some(run().map_err(|error| format!("refused the second time: {error}"))?) } else { None };
     let g = &results.gradients;
     let missing = [
         ("dq", g.q.is_none()),
@@ -54,13 +77,36 @@ fn check_on(case: &Case, inputs: &Inputs, references: &References, device: &Devi
         ("dlearned_sinks", g.learned_sinks.is_none() && case.problem.learned_sinks),
     ];
     let missing: Vec<_> = missing.iter().filter(|(_, missing)| *missing).map(|(name, _)| *name).collect();
+    let differ = again.map_or(Vec::new(), |again| differing(&results, &again));
     let messages = [
         references.check_forward(&results.o, &results.lse).err(),
         references.check_gradients(results.gradients).err(),
         (!missing.is_empty()).then(|| format!("missing: {}", missing.join(", "))),
+        (!differ.is_empty()).then(|| format!("other bits the second time: {}", differ.join(", "))),
     ];
     let messages: Vec<_> = messages.into_iter().flatten().collect();
     if messages.is_empty() { Ok(()) } else { Err(messages.join("\n")) }
+}
+
+/// Results that are not the same, bit for bit.
+fn differing(first: &Results, second: &Results) -> Vec<&'static str> {
+    let of = |results: &Results| {
+        let g = results.gradients.clone();
+        [
+            ("o", Some(results.o.clone())),
+            ("lse", Some(results.lse.clone())),
+            ("dq", g.q),
+            ("dk", g.k),
+            ("dv", g.v),
+            ("dbias", g.bias),
+            ("dalibi_slopes", g.alibi_slopes),
+            ("dlearned_sinks", g.learned_sinks),
+            ("dscore_parameters", g.score_parameters),
+        ]
+    };
+    let bits = |x: &Option<Vec<f64>>| x.as_ref().map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    let pairs = of(first).into_iter().zip(of(second));
+    pairs.filter(|((_, x), (_, y))| bits(x) != bits(y)).map(|((name, _), _)| name).collect()
 }
 
 fn check_all(cases: &[Case], devices: &[Device]) {
@@ -70,23 +116,72 @@ fn check_all(cases: &[Case], devices: &[Device]) {
     println!("{} cases agree on {devices:?}", cases.len());
 }
 
-/// The part of the whole grid that was asked for.
-fn asked(element: Element) -> Option<Vec<Case>> {
-    let asked = std::env::var("FLASHOVER_GRID").ok()?;
-    let (part, parts) = match asked.strip_prefix("full") {
+/// The part of all cases that a variable asks for, `full` or `full:K/N`: K and N.
+pub fn part(variable: &str) -> Option<(usize, usize)> {
+    let asked = std::env::var(variable).ok()?;
+    Some(match asked.strip_prefix("full") {
         Some("") => (0, 1),
         Some(rest) => rest
             .strip_prefix(':')
             .and_then(|rest| rest.split_once('/'))
             .and_then(|(k, n)| Some((k.parse().ok()?, n.parse::<usize>().ok().filter(|&n| n > 0)?)))
-            .unwrap_or_else(|| panic!("FLASHOVER_GRID: expected `full` or `full:K/N`, got {asked:?}")),
-        None => panic!("FLASHOVER_GRID: expected `full` or `full:K/N`, got {asked:?}"),
-    };
+            .unwrap_or_else(|| panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}")),
+        None => panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}"),
+    })
+}
+
+/// The part of the whole grid that was asked for.
+fn asked(element: Element) -> Option<Vec<Case>> {
+    let (part, parts) = part("FLASHOVER_GRID")?;
     Some(full_cases(element).into_iter().skip(part).step_by(parts).collect())
+}
+
+/// The kernel that was asked for by name.
+fn kernel_asked() -> Option<KernelChoice> {
+    let name = std::env::var("FLASHOVER_KERNEL").ok()?;
+    Some(match name.as_str() {
+        "portable" => KernelChoice::Portable,
+        "mma" => KernelChoice::Mma,
+        "hopper" => KernelChoice::Hopper,
+        _ => panic!("FLASHOVER_KERNEL: expected portable, mma or hopper, got {name:?}"),
+    })
+}
+
+/// Whether a kernel must refuse a problem, on a GPU that has what the kernel needs.
+fn refuses(kernel: KernelChoice, problem: &Problem) -> bool {
+    let halves = matches!(problem.element, Element::F16 | Element::BF16);
+    let eights = [problem.head_dim, problem.value_dim].iter().all(|dim| dim.is_multiple_of(8));
+    match kernel {
+        KernelChoice::Mma => !halves,
+        KernelChoice::Hopper => !(halves && eights),
+        _ => false,
+    }
+}
+
+/// Every case by one kernel on the GPU: it refuses what it must, by a message that names it, and nothing else.
+fn check_by_name(cases: Vec<Case>, kernel: KernelChoice) {
+    let device = devices::gpu().expect("FLASHOVER_KERNEL asks for a kernel of GPUs, and this build has no GPU backend");
+    let (refused, taken): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| refuses(kernel, &case.problem));
+    for case in &refused {
+        let error = bridge::run_with(&case.problem, &case.inputs(), false, &device, |options| options.kernel(kernel));
+        let message = error.map(drop).expect_err("this kernel cannot run that").to_string();
+        let name = format!("{kernel:?}").to_lowercase();
+        assert!(message.starts_with(&format!("kernel: the {name} kernel was asked for and cannot run: ")), "{message}");
+    }
+    println!("{} cases are refused, as they must be", refused.len());
+    let call = Call { kernel, ..Call::default() };
+    let failures: Vec<String> =
+        taken.iter().filter_map(|case| check_call(case, call, std::slice::from_ref(&device)).err()).collect();
+    let shown = failures.iter().take(10).cloned().collect::<Vec<_>>().join("\n");
+    assert!(failures.is_empty(), "{} of {} cases failed, the first:\n{shown}", failures.len(), taken.len());
+    println!("{} cases agree by {kernel:?}", taken.len());
 }
 
 /// The native CPU path, and the GPU of the build where it has the element type.
 fn grid(name: &str, element: Element, dtype: DType) {
+    if let Some(kernel) = kernel_asked() {
+        return check_by_name(asked(element).unwrap_or_else(|| all_pairs_cases(element, LONGEST)), kernel);
+    }
     let mut on = vec![devices::flex()];
     match devices::gpu() {
         None => devices::skip(name, "this build has no GPU backend"),

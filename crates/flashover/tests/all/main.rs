@@ -12,6 +12,7 @@ mod limits;
 mod nn;
 mod non_finite;
 mod properties;
+mod random;
 mod scores;
 mod small;
 mod sparse;

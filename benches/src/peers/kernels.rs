@@ -1,0 +1,225 @@
+//! Our kernels by name, called as the backend calls them: no autodiff, no Fusion, no Burn tensors between the clock and the
+//! launches.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Instant;
+
+use flashover::kernels::cubecl::client::Client;
+use flashover::kernels::cubecl::future::block_on;
+use flashover::kernels::cubecl::server::Handle;
+use flashover::kernels::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
+use flashover::kernels::family::Outputs;
+use flashover::kernels::mma::MmaTile;
+use flashover::kernels::operands::{Gradients, Operands, Wanted};
+use flashover::kernels::problem::{Element, Problem};
+use flashover::kernels::select::{Kernel, KernelChoice, Selection, select};
+use flashover::kernels::{cubecl, hopper, launch_log, mma, portable};
+
+use super::contestant::{Contestant, Pass, Spec, write_judged};
+use super::operands::{Folder, NAMES};
+
+/// A kernel family as a contestant.
+pub struct Kernels {
+    name: &'static str,
+    choice: KernelChoice,
+    /// Another forward tile than the family's own, if that family is mma.
+    tile: Option<MmaTile>,
+    client: Client,
+    folder: Rc<Folder>,
+    /// The operands that were read last: the cases of a run are mostly other shapes of the same elements.
+    kept: Option<(Element, usize, [Handle; 4])>,
+    call: Option<Call>,
+}
+
+/// A case on the device.
+struct Call {
+    spec: Spec,
+    problem: Problem,
+    selection: Selection,
+    operands: Operands<DeviceTensor>,
+    do_: DeviceTensor,
+}
+
+/// The NVIDIA GPU of a CUDA build. The error says what is missing.
+pub fn cuda() -> Result<Client, String> {
+    let device =
+        cubecl::Device::cuda(0).map_err(|error| format!("no CUDA device ({error}); see scripts/cuda-build"))?;
+    Ok(device.client())
+}
+
+impl Kernels {
+    /// The family of that name.
+    pub fn new(name: &'static str, choice: KernelChoice, client: Client, folder: Rc<Folder>) -> Self {
+        Kernels { name, choice, tile: None, client, folder, kept: None, call: None }
+    }
+
+    /// The same with another forward tile of the mma family, from the next case on.
+    pub fn with_tile(&mut self, tile: MmaTile) {
+        self.tile = Some(tile);
+    }
+
+    /// What `Auto` takes for a problem here, and why.
+    pub fn reason(client: &Client, problem: &Problem) -> String {
+        let selection = select(problem, &DeviceLimits::of(client), KernelChoice::Auto);
+        selection.map_or_else(|error| error.to_string(), |selection| selection.reason)
+    }
+
+    /// One forward and backward, and nothing else that launches kernels.
+    pub fn once(&self) -> Result<(), String> {
+        let call = self.call()?;
+        let outputs = self.outputs(call)?;
+        self.backward(call, &outputs)?;
+        self.sync()
+    }
+
+    /// One forward.
+    pub fn forward_once(&self) -> Result<(), String> {
+        self.forward(self.call()?)?;
+        self.sync()
+    }
+
+    fn call(&self) -> Result<&Call, String> {
+        self.call.as_ref().ok_or_else(|| format!("{}: no case was loaded", self.name))
+    }
+
+    fn operands_of(&mut self, spec: &Spec, element: Element) -> Result<[Handle; 4], String> {
+        let elements = spec.elements();
+        match &self.kept {
+            Some((kept, count, handles)) if (*kept, *count) == (element, elements) => Ok(handles.clone()),
+            _ => {
+                // What was kept goes first: both may not fit.
+                self.kept = None;
+                let read = |name| Ok(self.client.create_from_slice(&self.folder.read(name, element, elements)?));
+                let handles = NAMES.iter().map(|name| read(name)).collect::<Result<Vec<_>, String>>()?;
+                let handles = <[Handle; 4]>::try_from(handles).expect("four names");
+                self.kept = Some((element, elements, handles.clone()));
+                Ok(handles)
+            }
+        }
+    }
+
+    fn forward(&self, call: &Call) -> Result<(DeviceTensor, DeviceTensor), String> {
+        let Call { problem, selection, operands, .. } = call;
+        let client = &self.client;
+        let outputs = match selection.kernel {
+            Kernel::Portable => portable::forward(client, problem, operands, None, true, selection.config),
+            Kernel::Mma => {
+                mma::forward(client, problem, operands, None, true, selection.mma.expect("selected with its tiles"))
+            }
+            Kernel::Hopper => {
+                let tiles = selection.hopper.expect("selected with its tiles");
+                hopper::forward(client, problem, operands, None, true, tiles)
+            }
+            other => return Err(format!("the benchmark does not know the {other} kernel")),
+        };
+        let (o, lse) = outputs.map_err(|error| self.refused(&error))?;
+        Ok((o, lse.expect("it was asked for")))
+    }
+
+    fn outputs(&self, call: &Call) -> Result<Outputs, String> {
+        let (o, lse) = self.forward(call)?;
+        Ok(Outputs { o, lse, do_: call.do_.clone(), dlse: None })
+    }
+
+    fn backward(&self, call: &Call, outputs: &Outputs) -> Result<Gradients<DeviceTensor>, String> {
+        let Call { problem, selection, operands, .. } = call;
+        let wanted = Wanted { q: true, k: true, v: true, ..Wanted::default() };
+        let gradients = match selection.kernel {
+            Kernel::Portable => {
+                portable::backward(&self.client, problem, operands, outputs, None, wanted, selection.config)
+            }
+            Kernel::Mma | Kernel::Hopper => {
+                let tiles = selection.mma.expect("selected with its tiles");
+                mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)
+            }
+            other => return Err(format!("the benchmark does not know the {other} kernel")),
+        };
+        gradients.map_err(|error| self.refused(&error))
+    }
+
+    fn refused(&self, error: &KernelError) -> String {
+        format!("{}: {error}", self.name)
+    }
+
+    fn sync(&self) -> Result<(), String> {
+        block_on(self.client.sync()).map_err(|error| format!("{}: {error:?}", self.name))
+    }
+
+    fn read(&self, tensor: DeviceTensor) -> Result<Vec<u8>, String> {
+        let bytes = self.client.read_one(tensor.handle).map_err(|error| format!("{}: {error:?}", self.name))?;
+        Ok(bytes.to_vec())
+    }
+}
+
+impl Contestant for Kernels {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn load(&mut self, spec: &Spec) -> Result<(), String> {
+        self.call = None;
+        let problem = spec.problem()?;
+        let selection = select(&problem, &DeviceLimits::of(&self.client), self.choice);
+        let mut selection = selection.map_err(|error| error.to_string())?;
+        if let (Some(tile), Some(tiles)) = (self.tile, &mut selection.mma) {
+            tiles.forward = tile;
+        }
+        let handles = self.operands_of(spec, problem.element)?;
+        let shape = [spec.batch, spec.heads, spec.seq, spec.dim];
+        let [q, k, v, do_] =
+            handles.map(|handle| DeviceTensor::contiguous(handle, &shape, element_type(problem.element)));
+        let operands = Operands {
+            q,
+            k,
+            v,
+            bias: None,
+            mask: None,
+            alibi_slopes: None,
+            learned_sinks: None,
+            score_parameters: None,
+            key_lengths: None,
+        };
+        self.call = Some(Call { spec: spec.clone(), problem, selection, operands, do_ });
+        Ok(())
+    }
+
+    fn results(&mut self, pass: Pass, path: &Path) -> Result<(), String> {
+        let call = self.call()?;
+        let outputs = self.outputs(call)?;
+        let mut tensors = vec![outputs.o.clone()];
+        if pass != Pass::Forward {
+            let Gradients { q, k, v, .. } = self.backward(call, &outputs)?;
+            tensors.extend([q, k, v].into_iter().flatten());
+        }
+        let tensors = tensors.into_iter().map(|tensor| self.read(tensor)).collect::<Result<Vec<_>, String>>()?;
+        write_judged(path, &call.spec, &tensors)
+    }
+
+    fn milliseconds(&mut self, pass: Pass, calls: usize) -> Result<f64, String> {
+        let call = self.call()?;
+        let outputs = (pass == Pass::Backward).then(|| self.outputs(call)).transpose()?;
+        self.sync()?;
+        let start = Instant::now();
+        for _ in 0..calls {
+            match &outputs {
+                None if pass == Pass::Forward => drop(self.forward(call)?),
+                None => drop(self.backward(call, &self.outputs(call)?)?),
+                Some(outputs) => drop(self.backward(call, outputs)?),
+            }
+        }
+        self.sync()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    fn launches(&self, pass: Pass) -> Result<Vec<&'static str>, String> {
+        let call = self.call()?;
+        let outputs = self.outputs(call)?;
+        let (ran, launches) = launch_log::listen(|| match pass {
+            Pass::Forward => self.forward(call).map(drop),
+            Pass::Backward => self.backward(call, &outputs).map(drop),
+            Pass::ForwardBackward => self.outputs(call).and_then(|outputs| self.backward(call, &outputs).map(drop)),
+        });
+        ran.map(|()| launches.into_iter().map(|launch| launch.kernel).collect())
+    }
+}

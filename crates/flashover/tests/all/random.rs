@@ -1,0 +1,115 @@
+//! A thousand random problems a kernel family, asked for by name: shapes, options, strides and seeds are random. Each runs
+//! twice: the first run is held against the f64 oracle, the second must give the same bits.
+//!
+//! All thousand run with `FLASHOVER_RANDOM=full`, a part of them with `FLASHOVER_RANDOM=full:K/N` (problems K, K+N, …); else
+//! as many as the machine of a CI run takes in a minute or two. With N = 10 the matrix kernels of a part have one head dimension and
+//! one element type, so that few are compiled: each takes the compiler seconds.
+
+use burn::tensor::{DType, Device};
+use flashover::kernels::problem::Element;
+use flashover::kernels::select::KernelChoice;
+use flashover_testing::bridge::Layout;
+use flashover_testing::data::{Case, Rng};
+use flashover_testing::strategy::{Sizes, cases_of};
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use crate::devices;
+use crate::grid::{Call, check_call, part};
+
+/// Problems of a family.
+const COUNT: usize = 1000;
+
+/// What a family's problems are like.
+struct Family {
+    kernel: KernelChoice,
+    /// In turns.
+    elements: Vec<Element>,
+    sizes: fn(usize) -> Sizes,
+}
+
+/// Any dimensions: where they are run-time numbers.
+fn any_dims(_: usize) -> Sizes {
+    Sizes::default()
+}
+
+/// Dimensions of q, k and of v, which the matrix kernels are compiled for: native, padded, unequal, not multiples of 8, large.
+#[cfg(feature = "cuda")]
+const DIMS: [(usize, usize); 5] = [(64, 64), (128, 128), (40, 72), (59, 111), (192, 128)];
+
+/// At least three tiles of 128 a side in every other problem; dimensions in turns.
+#[cfg(feature = "cuda")]
+fn matrix_sizes(n: usize) -> Sizes {
+    Sizes { longest: 400, long: 384, dims: Some(DIMS[n % DIMS.len()]) }
+}
+
+/// The same with dimensions that are multiples of 8.
+#[cfg(feature = "cuda")]
+fn hopper_sizes(n: usize) -> Sizes {
+    let sizes = matrix_sizes(n);
+    Sizes { dims: sizes.dims.map(|(d, dv)| (d.next_multiple_of(8), dv.next_multiple_of(8))), ..sizes }
+}
+
+/// Problem `n` of a family: the same in every run, whatever part of them runs.
+fn problem(family: &Family, n: usize) -> (Case, [Layout; 3]) {
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&(n as u64).to_le_bytes());
+    let mut runner = TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    let mut rng = Rng::new(n as u64);
+    let element = family.elements[n / 5 % family.elements.len()];
+    let case = cases_of(element, (family.sizes)(n)).new_tree(&mut runner).expect("a case").current();
+    // Mostly alike, as projections leave them: whether rows are aligned is compiled in, and each mixture is another kernel.
+    let all = Layout::random(&mut rng);
+    let layouts = if rng.chance(0.08) { std::array::from_fn(|_| Layout::random(&mut rng)) } else { [all; 3] };
+    (case, layouts)
+}
+
+/// Every problem that is a multiple of `step` runs unless told; one without a factor in common with 10 meets every dimension.
+fn agree(family: &Family, step: usize, device: &Device) {
+    let (part, parts) = part("FLASHOVER_RANDOM").unwrap_or((0, step));
+    let (mut failures, mut count) = (Vec::new(), 0);
+    for n in (part..COUNT).step_by(parts) {
+        let (case, layouts) = problem(family, n);
+        let call = Call { kernel: family.kernel, layouts, twice: true };
+        if let Err(message) = check_call(&case, call, std::slice::from_ref(device)) {
+            failures.push(format!("problem {n}, {layouts:?}, seed {}: {message}", case.seed));
+        }
+        count += 1;
+    }
+    let shown = failures.iter().take(5).cloned().collect::<Vec<_>>().join("\n");
+    assert!(failures.is_empty(), "{} of {count} random problems failed, the first:\n{shown}", failures.len());
+    println!("{count} random problems agree by {:?} on {device:?}", family.kernel);
+}
+
+#[test]
+fn flex() {
+    let elements = vec![Element::F32, Element::BF16, Element::F64, Element::F16];
+    agree(&Family { kernel: KernelChoice::Auto, elements, sizes: any_dims }, 5, &devices::flex());
+}
+
+#[test]
+fn portable() {
+    let Some(device) = devices::gpu() else {
+        return devices::skip("random::portable", "this build has no GPU backend");
+    };
+    let of = [(Element::F32, DType::F32), (Element::F16, DType::F16), (Element::BF16, DType::BF16)];
+    let elements = of.into_iter().filter(|(_, dtype)| device.supports_dtype(*dtype)).map(|(element, _)| element);
+    let family = Family { kernel: KernelChoice::Portable, elements: elements.collect(), sizes: any_dims };
+    agree(&family, 27, &device);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn mma() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Mma, elements, sizes: matrix_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn hopper() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Hopper, elements, sizes: hopper_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
