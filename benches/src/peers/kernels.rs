@@ -41,6 +41,13 @@ struct Call {
     do_: DeviceTensor,
 }
 
+/// What a forward returned, and the gradient of its output.
+struct Made {
+    outputs: Outputs,
+    /// What rounding took from the output, where a Hopper backward follows.
+    rest: Option<DeviceTensor>,
+}
+
 /// The NVIDIA GPU of a CUDA build. The error says what is missing.
 pub fn cuda() -> Result<Client, String> {
     let device =
@@ -68,14 +75,14 @@ impl Kernels {
     /// One forward and backward, and nothing else that launches kernels.
     pub fn once(&self) -> Result<(), String> {
         let call = self.call()?;
-        let outputs = self.outputs(call)?;
-        self.backward(call, &outputs)?;
+        let made = self.forward(call, true)?;
+        self.backward(call, &made)?;
         self.sync()
     }
 
     /// One forward.
     pub fn forward_once(&self) -> Result<(), String> {
-        self.forward(self.call()?)?;
+        self.forward(self.call()?, false)?;
         self.sync()
     }
 
@@ -99,40 +106,46 @@ impl Kernels {
         }
     }
 
-    fn forward(&self, call: &Call) -> Result<(DeviceTensor, DeviceTensor), String> {
+    /// A forward; `for_backward` if a backward follows it, as in training.
+    fn forward(&self, call: &Call, for_backward: bool) -> Result<Made, String> {
         let Call { problem, selection, operands, .. } = call;
         let client = &self.client;
+        let without_rest = |(o, lse)| (o, lse, None);
         let outputs = match selection.kernel {
-            Kernel::Portable => portable::forward(client, problem, operands, None, true, selection.config),
+            Kernel::Portable => {
+                portable::forward(client, problem, operands, None, true, selection.config).map(without_rest)
+            }
             Kernel::Mma => {
-                mma::forward(client, problem, operands, None, true, selection.mma.expect("selected with its tiles"))
+                let tiles = selection.mma.expect("selected with its tiles");
+                mma::forward(client, problem, operands, None, true, tiles).map(without_rest)
             }
             Kernel::Hopper => {
                 let tiles = selection.hopper.expect("selected with its tiles");
-                hopper::forward(client, problem, operands, None, true, tiles)
+                let with_rest = for_backward && selection.hopper_backward.is_some();
+                hopper::forward(client, problem, operands, None, true, with_rest, tiles)
             }
             other => return Err(format!("the benchmark does not know the {other} kernel")),
         };
-        let (o, lse) = outputs.map_err(|error| self.refused(&error))?;
-        Ok((o, lse.expect("it was asked for")))
+        let (o, lse, rest) = outputs.map_err(|error| self.refused(&error))?;
+        let lse = lse.expect("it was asked for");
+        Ok(Made { outputs: Outputs { o, lse, do_: call.do_.clone(), dlse: None }, rest })
     }
 
-    fn outputs(&self, call: &Call) -> Result<Outputs, String> {
-        let (o, lse) = self.forward(call)?;
-        Ok(Outputs { o, lse, do_: call.do_.clone(), dlse: None })
-    }
-
-    fn backward(&self, call: &Call, outputs: &Outputs) -> Result<Gradients<DeviceTensor>, String> {
+    fn backward(&self, call: &Call, made: &Made) -> Result<Gradients<DeviceTensor>, String> {
         let Call { problem, selection, operands, .. } = call;
+        let Made { outputs, rest } = made;
         let wanted = Wanted { q: true, k: true, v: true, ..Wanted::default() };
         let gradients = match selection.kernel {
             Kernel::Portable => {
                 portable::backward(&self.client, problem, operands, outputs, None, wanted, selection.config)
             }
-            Kernel::Mma | Kernel::Hopper => {
-                let tiles = selection.mma.expect("selected with its tiles");
-                mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)
-            }
+            Kernel::Mma | Kernel::Hopper => match selection.hopper_backward.zip(rest.clone()) {
+                Some((tiles, rest)) => hopper::backward(&self.client, problem, operands, outputs, rest, tiles),
+                None => {
+                    let tiles = selection.mma.expect("selected with its tiles");
+                    mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)
+                }
+            },
             other => return Err(format!("the benchmark does not know the {other} kernel")),
         };
         gradients.map_err(|error| self.refused(&error))
@@ -186,10 +199,10 @@ impl Contestant for Kernels {
 
     fn results(&mut self, pass: Pass, path: &Path) -> Result<(), String> {
         let call = self.call()?;
-        let outputs = self.outputs(call)?;
-        let mut tensors = vec![outputs.o.clone()];
+        let made = self.forward(call, pass != Pass::Forward)?;
+        let mut tensors = vec![made.outputs.o.clone()];
         if pass != Pass::Forward {
-            let Gradients { q, k, v, .. } = self.backward(call, &outputs)?;
+            let Gradients { q, k, v, .. } = self.backward(call, &made)?;
             tensors.extend([q, k, v].into_iter().flatten());
         }
         let tensors = tensors.into_iter().map(|tensor| self.read(tensor)).collect::<Result<Vec<_>, String>>()?;
@@ -198,14 +211,14 @@ impl Contestant for Kernels {
 
     fn milliseconds(&mut self, pass: Pass, calls: usize) -> Result<f64, String> {
         let call = self.call()?;
-        let outputs = (pass == Pass::Backward).then(|| self.outputs(call)).transpose()?;
+        let made = (pass == Pass::Backward).then(|| self.forward(call, true)).transpose()?;
         self.sync()?;
         let start = Instant::now();
         for _ in 0..calls {
-            match &outputs {
-                None if pass == Pass::Forward => drop(self.forward(call)?),
-                None => drop(self.backward(call, &self.outputs(call)?)?),
-                Some(outputs) => drop(self.backward(call, outputs)?),
+            match &made {
+                None if pass == Pass::Forward => drop(self.forward(call, false)?),
+                None => drop(self.backward(call, &self.forward(call, true)?)?),
+                Some(made) => drop(self.backward(call, made)?),
             }
         }
         self.sync()?;
@@ -214,11 +227,11 @@ impl Contestant for Kernels {
 
     fn launches(&self, pass: Pass) -> Result<Vec<&'static str>, String> {
         let call = self.call()?;
-        let outputs = self.outputs(call)?;
+        let made = self.forward(call, true)?;
         let (ran, launches) = launch_log::listen(|| match pass {
-            Pass::Forward => self.forward(call).map(drop),
-            Pass::Backward => self.backward(call, &outputs).map(drop),
-            Pass::ForwardBackward => self.outputs(call).and_then(|outputs| self.backward(call, &outputs).map(drop)),
+            Pass::Forward => self.forward(call, false).map(drop),
+            Pass::Backward => self.backward(call, &made).map(drop),
+            Pass::ForwardBackward => self.forward(call, true).and_then(|made| self.backward(call, &made).map(drop)),
         });
         ran.map(|()| launches.into_iter().map(|launch| launch.kernel).collect())
     }
