@@ -234,6 +234,24 @@ pub enum KernelError {
         /// Queries and keys of the plan's tiles.
         found: [u32; 2],
     },
+    /// A kernel that has no form for the problem.
+    #[error("{kernel} kernel: expected a problem without {what}")]
+    Form {
+        /// The kernel.
+        kernel: &'static str,
+        /// What the problem has.
+        what: &'static str,
+    },
+    /// Tiles that were made for another problem.
+    #[error("{kernel} kernel: expected tiles for {expected}, got {found}")]
+    Tiles {
+        /// The kernel.
+        kernel: &'static str,
+        /// The problem's tiles.
+        expected: String,
+        /// What came.
+        found: String,
+    },
     /// A kernel that does not call a user's score function.
     #[error("{kernel} kernel: expected a problem without a score function of the user's, got one with {function}")]
     ScoreFunction {

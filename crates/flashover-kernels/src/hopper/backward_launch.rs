@@ -5,8 +5,7 @@ use cubecl::prelude::*;
 use super::backward::backward_kernel;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_rows::{finish_kernel, statistics_kernel};
-use super::checks::{check_limits, reads_in_place};
-use super::config::HopperConfig;
+use super::checks::{check_backward, reads_in_place};
 use super::launch::{lines, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs};
@@ -29,13 +28,25 @@ pub fn backward(
     rest: DeviceTensor,
     cfg: HopperBackwardConfig,
 ) -> Result<Gradients<DeviceTensor>, KernelError> {
-    check_limits(problem, &DeviceLimits::of(client), HopperConfig::of(problem).0)?;
+    check_backward(problem, &DeviceLimits::of(client), cfg)?;
     check_operands(problem, operands)?;
     check_outputs(problem, outputs)?;
+    if rest.shape != problem.output_shape() {
+        let expected = problem.output_shape().to_vec();
+        return Err(KernelError::Shape { operand: "rest", expected, found: rest.shape });
+    }
     let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
-    for (operand, tensor) in [("q", q), ("k", k), ("v", v), ("the gradient of o", d_o)] {
-        if !reads_in_place(tensor) {
+    let contiguous = |tensor: &DeviceTensor| tensor.strides == DeviceTensor::contiguous_strides(&tensor.shape);
+    for (operand, tensor, fits) in [
+        ("q", q, reads_in_place(q)),
+        ("k", k, reads_in_place(k)),
+        ("v", v, reads_in_place(v)),
+        ("do", d_o, reads_in_place(d_o)),
+        ("o", &outputs.o, contiguous(&outputs.o)),
+        ("rest", &rest, contiguous(&rest)),
+    ] {
+        if !fits {
             return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
         }
     }

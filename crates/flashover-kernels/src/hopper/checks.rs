@@ -1,5 +1,6 @@
 //! What the kernels are refused for: a device that cannot run the problem, tensors that the copy engine cannot read.
 
+use super::backward_config::HopperBackwardConfig;
 use super::config::HopperConfig;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::BINDINGS;
@@ -43,6 +44,22 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, cfg: HopperConfig)
     Ok(())
 }
 
+/// Whether the backward can run the problem in these tiles on a device.
+pub fn check_backward(problem: &Problem, limits: &DeviceLimits, cfg: HopperBackwardConfig) -> Result<(), KernelError> {
+    let kernel = "backward_hopper";
+    check_limits(problem, limits, HopperConfig::of(problem).0)?;
+    let (own, _) = HopperBackwardConfig::of(problem).map_err(|what| KernelError::Form { kernel, what })?;
+    let HopperBackwardConfig { bq, plain, .. } = cfg;
+    if (HopperBackwardConfig { bq, plain: plain && own.plain, ..own }) != cfg {
+        return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: cfg.to_string() });
+    }
+    let (what, limit, found) = ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes());
+    if found > limit {
+        return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
+    }
+    Ok(())
+}
+
 /// Whether the copy engine can read a tensor of 16-bit elements where it lies: rows without gaps, at multiples of 16 bytes.
 /// A tensor that it cannot read must be copied first. Of an empty tensor nothing is read.
 pub fn reads_in_place(tensor: &DeviceTensor) -> bool {
@@ -58,4 +75,45 @@ pub fn reads_in_place(tensor: &DeviceTensor) -> bool {
         false => stride > 0 && (stride * size).is_multiple_of(ALIGNMENT),
     };
     (tensor.handle.offset_start.unwrap_or(0) as usize).is_multiple_of(ALIGNMENT) && strides.into_iter().all(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block_plan::{PlanShape, TileSize};
+
+    #[test]
+    fn a_backward_says_what_it_cannot_run() {
+        let limits = DeviceLimits {
+            name: "test".into(),
+            max_bindings: 1024,
+            max_shared_bytes: 227 * 1024,
+            max_units: 1024,
+            elements: vec![Element::BF16],
+            max_iterations: usize::MAX,
+            hardware: true,
+            ptx: true,
+            matrix_elements: vec![Element::BF16],
+            matrix_loads: vec![Element::BF16],
+            async_copies: true,
+            wgmma: true,
+        };
+        let shape = |d: usize| [1, 2, 300, d];
+        let problem = |d, dv| Problem::new(shape(d), shape(d), shape(dv), Element::BF16).unwrap();
+        let plain = problem(64, 64);
+        let (cfg, _) = HopperBackwardConfig::of(&plain).unwrap();
+        check_backward(&plain, &limits, cfg).unwrap();
+        let error = |p: &Problem, cfg| check_backward(p, &limits, cfg).unwrap_err().to_string();
+        let plan = PlanShape { tile: TileSize { bq: 128, bk: 128 }, words: 16, points: 1 };
+        let planned = Problem { plan: Some(plan), ..plain.clone() };
+        assert_eq!(error(&planned, cfg), "backward_hopper kernel: expected a problem without a block plan");
+        assert!(error(&problem(192, 64), cfg).contains("without head dimensions above 128"));
+        // Tiles that know of no option, for a problem that has one.
+        let capped = Problem { softcap: Some(5.0), ..plain.clone() };
+        assert!(error(&capped, cfg).contains("expected tiles for tile 64x128"), "{}", error(&capped, cfg));
+        assert!(error(&problem(128, 128), cfg).contains("head 128, values 128"));
+        let small = DeviceLimits { max_shared_bytes: 100 * 1024, ..limits.clone() };
+        assert!(check_backward(&plain, &small, cfg).unwrap_err().to_string().contains("bytes of shared memory"));
+        check_backward(&plain, &limits, HopperBackwardConfig { plain: false, ..cfg }).unwrap();
+    }
 }
