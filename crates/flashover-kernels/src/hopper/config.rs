@@ -1,5 +1,6 @@
 //! Tiles of the Hopper kernels.
 
+use super::messages::LINE;
 use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
 use crate::problem::{Element, Problem};
@@ -12,6 +13,9 @@ pub(crate) const WARPGROUP: usize = 128;
 
 /// Rows of a warpgroup's products.
 pub(crate) const ROWS: usize = 64;
+
+/// Shared memory that a cube may have on sm90, in bytes.
+const SHARED: usize = 232_448;
 
 /// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
@@ -112,10 +116,21 @@ impl HopperConfig {
         [self.bq() * d, self.bk * d, self.bk * dv]
     }
 
-    /// Shared memory of a cube in bytes, barriers included.
+    /// Query tiles in flight: the next comes while the last is still worked on, where there is room for it.
+    pub const fn query_buffers(&self) -> usize {
+        if self.bytes_with(2) <= SHARED { 2 } else { 1 }
+    }
+
+    /// Shared memory of a cube in bytes, barriers and messages included.
     pub const fn shared_bytes(&self) -> usize {
+        self.bytes_with(self.query_buffers())
+    }
+
+    const fn bytes_with(&self, query_buffers: usize) -> usize {
         let [q, k, v] = self.elements();
-        (q + self.stages * (k + v)) * size_of::<u16>() + (2 + 4 * self.stages) * size_of::<u64>()
+        let tiles = (query_buffers * q + self.stages * (k + v)) * size_of::<u16>();
+        let lines = LINE * size_of::<u32>() * (query_buffers + self.stages);
+        tiles + lines + (2 * query_buffers + 4 * self.stages) * size_of::<u64>()
     }
 
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
@@ -146,9 +161,6 @@ impl core::fmt::Display for HopperConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Shared memory of a cube of an H100.
-    const SHARED: usize = 232_448;
 
     #[test]
     fn every_head_dimension_fits() {

@@ -9,6 +9,8 @@ mod checks;
 mod config;
 mod forward;
 mod launch;
+mod messages;
+mod produce;
 mod ptx;
 mod ring;
 mod rows;

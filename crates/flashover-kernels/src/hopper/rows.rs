@@ -199,8 +199,8 @@ pub(crate) fn softmax_tile<N: Size>(
     rows.m1 = new_maximum(m1, quad_max(top1), factor);
     let base0 = exponent_base(rows.m0, factor, plain);
     let base1 = exponent_base(rows.m1, factor, plain);
-    rows.grow0 = exp2(exponent(m0, factor, base0, plain));
-    rows.grow1 = exp2(exponent(m1, factor, base1, plain));
+    rows.grow0 = growth(m0, rows.m0, factor, base0, plain);
+    rows.grow1 = growth(m1, rows.m1, factor, base1, plain);
     let mut sum0 = rows.l0 * rows.grow0;
     let mut sum1 = rows.l1 * rows.grow1;
     #[unroll]
@@ -240,6 +240,13 @@ fn new_maximum(old: f32, top: f32, factor: f32) -> f32 {
     select((top - old) * factor <= SLACK, old, max(old, top))
 }
 
+/// Factor of what was accumulated under the old maximum: exactly 1 where that was kept, which the exponent of a rounded
+/// product would not give.
+#[cube]
+fn growth(old: f32, new: f32, factor: f32, base: f32, #[comptime] plain: bool) -> f32 {
+    select(new == old, 1.0f32, exp2(exponent(old, factor, base, plain)))
+}
+
 /// What exponents are taken against: 0 for a row that has seen nothing, else `m`, or `m · factor` where products are all
 /// that scores are made of.
 #[cube]
@@ -261,8 +268,9 @@ fn quad_max(x: f32) -> f32 {
     max(y, plane_shuffle_xor(y, 2u32))
 }
 
+/// Sum over the four threads of a row.
 #[cube]
-fn quad_sum(x: f32) -> f32 {
+pub(crate) fn quad_sum(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1u32);
     y + plane_shuffle_xor(y, 2u32)
 }
@@ -302,19 +310,20 @@ fn drop_elements<N: Size>(
     }
 }
 
-/// Weights as the operand of the next product: 16 columns are four registers.
+/// Weights as the operand of the next product: 16 columns are four registers. In one block, which the compiler does not take
+/// to where they are used, past the wait for the product in flight. `text` is [`pack_text`]'s.
 #[cube]
-pub(crate) fn pack_weights<N: Size, P: Size>(
-    s: Accumulator<N>,
-    #[comptime] element: Element,
-    #[comptime] bk: usize,
-) -> Vector<u32, P> {
-    let mut p = Vector::<u32, P>::new(0u32);
-    #[unroll]
-    for x in 0..comptime!(bk / 4) {
-        p.insert(x, pack(s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)), element));
-    }
+pub(crate) fn pack_weights<N: Size, P: Size>(s: Accumulator<N>, #[comptime] text: &str) -> Vector<u32, P> {
+    let s = value_of::<Accumulator<N>>(s);
+    let p: Vector<u32, P>;
+    gpu_asm!("{text}// {p} {s}\n", p = out(_) p, s = in(_) s);
     p
+}
+
+/// The block of [`pack_weights`] for `bk` columns: `lanes` registers come out.
+pub(crate) fn pack_text(lanes: usize, bk: usize, ty: &str) -> String {
+    let packed = |x: usize| format!("cvt.rn.{ty}x2.f32 %{x}, %{}, %{};\n", lanes + 2 * x + 1, lanes + 2 * x);
+    (0..bk / 4).map(packed).collect()
 }
 
 /// What was accumulated, under the new maximum. Skipped where no row of the warp has one.
@@ -327,12 +336,6 @@ pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, grow0: f32, grow1: f32, #
             o.insert(e, o.extract(e) * grow);
         }
     }
-}
-
-/// Sums over all columns of the rows: `(l of the first row, l of the second)`.
-#[cube]
-pub(crate) fn rows_finish(rows: RowState) -> (f32, f32) {
-    (quad_sum(rows.l0), quad_sum(rows.l1))
 }
 
 /// Writes the rows of `o` that exist, divided by their sums. A row that saw nothing is 0. Rows start at multiples of 16 bytes:

@@ -1,0 +1,250 @@
+//! The producer of a forward: one thread that walks all works of its cube, tells the consumers of each step and has the copy
+//! engine bring its tiles, as far ahead as there is room.
+
+use cubecl::prelude::barrier::Barrier;
+use cubecl::prelude::*;
+
+use super::config::{HopperConfig, PIECE};
+use super::messages::{QueryTile, after, tell_nothing, tell_step, tell_tile};
+use super::ptx::{barrier_address, barrier_arrive, barrier_wait};
+use super::ring::{Ring, address_at, addresses, advance, ring_start};
+use crate::family::element::{Head, Numbers, head_of};
+use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
+
+/// The barriers of each query buffer and of each stage of keys and values.
+#[derive(CubeType)]
+pub(crate) struct Barriers {
+    pub q: Sequence<Shared<Barrier>>,
+    pub k: Sequence<Shared<Barrier>>,
+    pub v: Sequence<Shared<Barrier>>,
+}
+
+/// Their addresses.
+#[derive(CubeType)]
+pub(crate) struct Gates {
+    pub q: Sequence<u32>,
+    pub k: Sequence<u32>,
+    pub v: Sequence<u32>,
+}
+
+#[cube]
+pub(crate) fn gates(barriers: &Barriers, #[comptime] cfg: HopperConfig) -> Gates {
+    Gates {
+        q: addresses(&barriers.q, cfg.query_buffers()),
+        k: addresses(&barriers.k, cfg.stages),
+        v: addresses(&barriers.v, cfg.stages),
+    }
+}
+
+/// Where the lines of query tiles and of steps start in shared memory.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Lines {
+    pub tiles: u32,
+    pub steps: u32,
+}
+
+/// A step that was found and is not yet sent: what comes after it must be known first.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Held {
+    exists: bool,
+    /// Whether it is the first of its query tile.
+    opens: bool,
+    batch: u32,
+    head: u32,
+    step: Step,
+}
+
+
+/// Copies the tiles of all works of a cube, each as soon as its place is free.
+#[cube]
+pub(crate) fn produce<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    bias: ComptimeOption<&Tensor<E>>,
+    sq: &mut Shared<[E]>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    free: &Barriers,
+    lines: Lines,
+    scratch: &[u32],
+    n: Numbers,
+    works: u32,
+    section: u32,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    let shape = comptime!(cfg.shape());
+    let gates = gates(free, cfg);
+    let mut ring = ring_start(1u32);
+    let mut queries = ring_start(1u32);
+    let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, step: no_step(0u32) };
+    let mut round = 0usize;
+    let mut work = CUBE_POS;
+    while (work as u32) < works {
+        let own = sectioned_work(work, section, scratch, n, shape);
+        if own.exists {
+            let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * comptime!(cfg.bq() as u32));
+            let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
+            let walk = key_walk(i0, at, scratch, n, shape);
+            let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
+            seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
+            if cursor.t >= walk.steps {
+                // Queries that see nothing still have a step, of keys past the end: its output is that of no key.
+                cursor.step.j0 = n.seq_kv.div_ceil(comptime!(cfg.bk as u32)) * comptime!(cfg.bk as u32);
+                cursor.step.full = false;
+                cursor.step.bits = 0usize;
+            }
+            let mut opens = true.runtime();
+            let mut more = true.runtime();
+            while more {
+                if held.exists {
+                    let next = select(opens, comptime!(after::NEXT_TILE), comptime!(after::SAME_TILE));
+                    send::<E>(
+                        q, k, v, sq, sk, sv, full, &gates, &mut ring, &mut queries, lines, held, next, n, cfg,
+                    );
+                }
+                held.exists = true;
+                held.opens = opens;
+                held.batch = b;
+                held.head = h;
+                held.step.i0 = i0;
+                held.step.j0 = cursor.step.j0;
+                held.step.full = cursor.step.full;
+                held.step.bits = cursor.step.bits;
+                held.step.row_words = cursor.step.row_words;
+                opens = false.runtime();
+                cursor.t += 1;
+                seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
+                more = cursor.t < walk.steps;
+            }
+        }
+        round += 1;
+        work = snake(round);
+    }
+    if held.exists {
+        let next = comptime!(after::NOTHING).runtime();
+        send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut ring, &mut queries, lines, held, next, n, cfg);
+    } else {
+        tell_nothing(lines.tiles);
+        barrier_arrive(barrier_address(&full.q[0]), true.runtime());
+    }
+}
+
+/// Tells of a step and copies its tiles, those of a new query tile first.
+#[cube]
+fn send<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    sq: &mut Shared<[E]>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    gates: &Gates,
+    ring: &mut Ring,
+    queries: &mut Ring,
+    lines: Lines,
+    held: Held,
+    next: u32,
+    n: Numbers,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [q_len, k_len, v_len] = comptime!(cfg.elements());
+    let (stages, buffers) = comptime!((cfg.stages, cfg.query_buffers()));
+    let (b, h, j0) = (held.batch, held.head, held.step.j0);
+    let kv = h / (n.heads_q / n.heads_kv);
+    if held.opens {
+        barrier_wait(address_at(&gates.q, queries.stage, buffers), queries.parity);
+        tell_tile(lines.tiles, queries.stage, QueryTile { batch: b, head: h, i0: held.step.i0 });
+        copy_tile::<E>(q, sq, &full.q, queries.stage, b, h, held.step.i0, buffers, q_len, cfg.bq());
+        advance(queries, comptime!(buffers as u32));
+    }
+    barrier_wait(address_at(&gates.k, ring.stage, stages), ring.parity);
+    tell_step(lines.steps, ring.stage, held.step, next, n, cfg);
+    copy_tile::<E>(k, sk, &full.k, ring.stage, b, kv, j0, stages, k_len, cfg.bk);
+    barrier_wait(address_at(&gates.v, ring.stage, stages), ring.parity);
+    copy_tile::<E>(v, sv, &full.v, ring.stage, b, kv, j0, stages, v_len, cfg.bk);
+    advance(ring, comptime!(stages as u32));
+}
+
+/// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.
+#[cube]
+fn snake(round: usize) -> usize {
+    let first = round * CUBE_COUNT;
+    let end = first + CUBE_COUNT;
+    select(round % 2 == 1, end - (CUBE_POS + 1), first + CUBE_POS)
+}
+
+/// Where the producer stands in a walk: at tile `t`, which `step` tells about.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Cursor {
+    t: u32,
+    step: Step,
+}
+
+/// Finds the first tile from `t` on that is not empty.
+#[cube]
+fn seek(
+    walk: Walk,
+    cursor: &mut Cursor,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    if comptime!(cfg.listed) {
+        let mut t = cursor.t;
+        let mut empty = t < walk.steps;
+        while empty {
+            let found = key_step(walk, t, i0, at, scratch, n, with_bias, comptime!(cfg.shape()));
+            cursor.step.j0 = found.j0;
+            cursor.step.full = found.full;
+            cursor.step.bits = found.bits;
+            cursor.step.row_words = found.row_words;
+            t += select(found.empty, 1u32, 0u32);
+            empty = found.empty && t < walk.steps;
+        }
+        cursor.t = t;
+    } else {
+        // Without a plan no tile of a walk is empty.
+        let found = band_step(walk, cursor.t, i0, at, n, with_bias, comptime!(cfg.shape()));
+        cursor.step.j0 = found.j0;
+        cursor.step.full = found.full;
+    }
+}
+
+/// Copies a tile of rows from `row` on into a stage, in pieces of 64 elements; zeros past the ends.
+#[cube]
+fn copy_tile<E: Float>(
+    from: &TensorMap<E, Tiled>,
+    to: &mut Shared<[E]>,
+    full: &Sequence<Shared<Barrier>>,
+    stage: u32,
+    b: u32,
+    h: u32,
+    row: u32,
+    #[comptime] stages: usize,
+    #[comptime] len: usize,
+    #[comptime] rows: usize,
+) {
+    #[unroll]
+    for s in 0..stages {
+        if stage == comptime!(s as u32) {
+            let barrier = &full[s];
+            barrier.arrive_and_expect_tx(1u32, comptime!(2 * len as u32));
+            #[unroll]
+            for piece in 0..comptime!(len / (rows * PIECE)) {
+                let first = comptime!(s * len + piece * rows * PIECE);
+                let place = &mut to[first..comptime!(first + rows * PIECE)];
+                barrier.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
+            }
+        }
+    }
+}
