@@ -136,7 +136,7 @@ impl HopperConfig {
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
     pub(crate) const fn registers(&self) -> (u32, u32) {
         match self.consumers {
-            2 => (240, 24),
+            2 => (232, 40),
             _ => (160, 32),
         }
     }

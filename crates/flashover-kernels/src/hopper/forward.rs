@@ -32,7 +32,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     v: &TensorMap<E, Tiled>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
-    o: &mut [Vector<u32, Const<4>>],
+    o: &mut [u32],
     mut lse: ComptimeOption<&mut [f32]>,
     n: Numbers,
     works: u32,
@@ -58,12 +58,11 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     fence_barriers();
     sync_cube();
 
-    let tiles = shared_address::<u32>(unsafe { line_words.as_slice().as_ptr_unchecked() });
-    let lines = Lines { tiles, steps: tiles + comptime!(4 * LINE as u32 * buffers as u32) };
     let (registers, spare) = comptime!(cfg.registers());
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
         if UNIT_POS == 0 {
+            let lines = lines_at(&line_words, cfg);
             produce::<E>(
                 q, k, v, bias, &mut sq, &mut sk, &mut sv, &full, &free, lines, scratch, n, works, section, with_bias, cfg,
             );
@@ -74,7 +73,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         let consumer = Consumer {
             full: gates(&full, cfg),
             free: gates(&free, cfg),
-            lines,
+            lines: lines_at(&line_words, cfg),
             q: uniform(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() })),
             k: uniform(shared_address::<E>(unsafe { sk.as_slice().as_ptr_unchecked() })),
             v: uniform(shared_address::<E>(unsafe { sv.as_slice().as_ptr_unchecked() })),
@@ -88,6 +87,13 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         }
         attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, n, with_bias, with_lse, cfg);
     }
+}
+
+/// The addresses of the lines.
+#[cube]
+fn lines_at(words: &Shared<[u32]>, #[comptime] cfg: HopperConfig) -> Lines {
+    let tiles = shared_address::<u32>(unsafe { words.as_slice().as_ptr_unchecked() });
+    Lines { tiles, steps: tiles + comptime!(4 * LINE as u32 * cfg.query_buffers() as u32) }
 }
 
 /// What a thread of a consumer knows from the start.
@@ -114,7 +120,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     consumer: &Consumer,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
-    o: &mut [Vector<u32, Const<4>>],
+    o: &mut [u32],
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
     #[comptime] with_bias: bool,
@@ -137,7 +143,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     let (first, exists) = told_tile(consumer.lines.tiles, 0u32);
     if exists {
         let mut tile = QueryTile { batch: first.batch, head: first.head, i0: first.i0 };
-        let mut rows = first_rows::<E>(first, bias, scratch, n, with_bias);
+        let mut rows = first_rows::<E>(first, bias, scratch, n, consumer.factor, with_bias, cfg);
         barrier_wait(address_at(&consumer.full.k, ring.stage, cfg.stages), ring.parity);
         let told = told_step(consumer.lines.steps, ring.stage, first.i0, n, cfg);
         let mut next = told.after;
@@ -149,7 +155,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let mut out = Accumulator::<NO>::new(0.0f32);
         // The tile whose last weights are in `out`, where `p` are the first of another.
         let mut done = Done { tile: first, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        let mut turned = false.runtime();
+        let mut before = comptime!(after::NOTHING).runtime();
         while next != comptime!(after::NOTHING) {
             let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
             let opens = next == comptime!(after::NEXT_TILE);
@@ -162,14 +168,14 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             barrier_wait(address_at(&consumer.full.k, ring.stage, cfg.stages), ring.parity);
             named_wait(1 + consumer.group, both);
             let flying = scores::<NS>(consumer, queries.stage, ring.stage, cfg);
-            if turned {
+            if before == comptime!(after::NEXT_TILE) {
                 finish::<NO>(&mut out, done, consumer.factor, o, lse, n, with_lse, cfg);
                 #[unroll]
                 for e in 0..comptime!(cfg.value_dim / 2) {
                     out.insert(e, 0.0f32);
                 }
             } else {
-                rescale::<NO>(&mut out, rows.grow0, rows.grow1, cfg.value_dim);
+                rescale::<NO>(&mut out, rows, cfg.value_dim);
             }
             barrier_wait(address_at(&consumer.full.v, stage, cfg.stages), parity);
             let v = value_matrix(consumer, stage, cfg);
@@ -187,9 +193,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 tile.batch = opened.batch;
                 tile.head = opened.head;
                 tile.i0 = opened.i0;
-                let fresh = first_rows::<E>(opened, bias, scratch, n, with_bias);
+                let fresh = first_rows::<E>(opened, bias, scratch, n, consumer.factor, with_bias, cfg);
                 rows.m0 = fresh.m0;
                 rows.m1 = fresh.m1;
+                rows.base0 = fresh.base0;
+                rows.base1 = fresh.base1;
                 rows.l0 = fresh.l0;
                 rows.l1 = fresh.l1;
             }
@@ -210,17 +218,17 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_after.clone()).as_str());
             barrier_arrive(address_at(&consumer.free.v, stage, cfg.stages), consumer.leader);
             p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
-            turned = opens;
+            before = value_of::<u32>(next);
             next = told.after;
         }
-        if turned {
+        if before == comptime!(after::NEXT_TILE) {
             finish::<NO>(&mut out, done, consumer.factor, o, lse, n, with_lse, cfg);
             #[unroll]
             for e in 0..comptime!(cfg.value_dim / 2) {
                 out.insert(e, 0.0f32);
             }
         } else {
-            rescale::<NO>(&mut out, rows.grow0, rows.grow1, cfg.value_dim);
+            rescale::<NO>(&mut out, rows, cfg.value_dim);
         }
         barrier_wait(address_at(&consumer.full.v, ring.stage, cfg.stages), ring.parity);
         let v = value_matrix(consumer, ring.stage, cfg);
@@ -258,10 +266,12 @@ fn first_rows<E: Float>(
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     n: Numbers,
+    factor: f32,
     #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
 ) -> RowState {
     let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
-    rows_start(place_in(tile), at, scratch, n)
+    rows_start(place_in(tile), at, scratch, n, factor, cfg.plain)
 }
 
 /// Stores the output and the log-sum-exp of a query tile.
@@ -270,7 +280,7 @@ fn finish<NO: Size>(
     out: &mut Accumulator<NO>,
     done: Done,
     factor: f32,
-    o: &mut [Vector<u32, Const<4>>],
+    o: &mut [u32],
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
     #[comptime] with_lse: bool,

@@ -53,7 +53,7 @@ pub fn forward(
             tiles(v, cfg.bk),
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
-            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 8),
+            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 2),
             lse.as_ref().map(DeviceTensor::buffer).into(),
             call.numbers(),
             works as u32,
@@ -76,6 +76,7 @@ const SECTION_BYTES: usize = 24 << 20;
 
 /// Heads that are worked on side by side: as many as leave their keys and values in the cache.
 fn section(problem: &Problem) -> usize {
+    if let Ok(x) = std::env::var("FSEC") { return x.parse().unwrap(); }
     let Problem { batch, heads_q, seq_kv, head_dim, value_dim, element, .. } = *problem;
     let bytes = seq_kv * (head_dim + value_dim) * element.bytes();
     (SECTION_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group()).clamp(1, batch * heads_q)

@@ -9,6 +9,7 @@ use super::messages::{QueryTile, after, tell_nothing, tell_step, tell_tile};
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait};
 use super::ring::{Ring, address_at, addresses, advance, ring_start};
 use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::value_of;
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
 
 /// The barriers of each query buffer and of each stage of keys and values.
@@ -57,6 +58,24 @@ struct Held {
 }
 
 
+/// Where the values of a step lie whose keys were sent.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Values {
+    exist: bool,
+    batch: u32,
+    head: u32,
+    j0: u32,
+}
+
+/// The stages that are filled next.
+#[derive(CubeType)]
+struct Rings {
+    q: Ring,
+    k: Ring,
+    v: Ring,
+}
+
 /// Copies the tiles of all works of a cube, each as soon as its place is free.
 #[cube]
 pub(crate) fn produce<E: Float>(
@@ -79,8 +98,8 @@ pub(crate) fn produce<E: Float>(
 ) {
     let shape = comptime!(cfg.shape());
     let gates = gates(free, cfg);
-    let mut ring = ring_start(1u32);
-    let mut queries = ring_start(1u32);
+    let mut rings = Rings { q: ring_start(1u32), k: ring_start(1u32), v: ring_start(1u32) };
+    let mut behind = Values { exist: false, batch: 0u32, head: 0u32, j0: 0u32 };
     let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, step: no_step(0u32) };
     let mut round = 0usize;
     let mut work = CUBE_POS;
@@ -104,7 +123,21 @@ pub(crate) fn produce<E: Float>(
                 if held.exists {
                     let next = select(opens, comptime!(after::NEXT_TILE), comptime!(after::SAME_TILE));
                     send::<E>(
-                        q, k, v, sq, sk, sv, full, &gates, &mut ring, &mut queries, lines, held, next, n, cfg,
+                        q,
+                        k,
+                        v,
+                        sq,
+                        sk,
+                        sv,
+                        full,
+                        &gates,
+                        &mut rings,
+                        &mut behind,
+                        lines,
+                        held,
+                        next,
+                        n,
+                        cfg,
                     );
                 }
                 held.exists = true;
@@ -127,14 +160,16 @@ pub(crate) fn produce<E: Float>(
     }
     if held.exists {
         let next = comptime!(after::NOTHING).runtime();
-        send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut ring, &mut queries, lines, held, next, n, cfg);
+        send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
+        send_values::<E>(v, sv, full, &gates, &mut rings, behind.batch, behind.head, behind.j0, cfg);
     } else {
         tell_nothing(lines.tiles);
         barrier_arrive(barrier_address(&full.q[0]), true.runtime());
     }
 }
 
-/// Tells of a step and copies its tiles, those of a new query tile first.
+/// Tells of a step and copies its keys, the queries of a new tile before them and the values of the step before after them:
+/// a stage of values is free only once they are multiplied, a good while after the keys.
 #[cube]
 fn send<E: Float>(
     q: &TensorMap<E, Tiled>,
@@ -145,30 +180,57 @@ fn send<E: Float>(
     sv: &mut Shared<[E]>,
     full: &Barriers,
     gates: &Gates,
-    ring: &mut Ring,
-    queries: &mut Ring,
+    rings: &mut Rings,
+    behind: &mut Values,
     lines: Lines,
     held: Held,
     next: u32,
     n: Numbers,
     #[comptime] cfg: HopperConfig,
 ) {
-    let [q_len, k_len, v_len] = comptime!(cfg.elements());
+    let [q_len, k_len, _] = comptime!(cfg.elements());
     let (stages, buffers) = comptime!((cfg.stages, cfg.query_buffers()));
-    let (b, h, j0) = (held.batch, held.head, held.step.j0);
+    let (b, h, j0) = (value_of::<u32>(held.batch), value_of::<u32>(held.head), value_of::<u32>(held.step.j0));
     let kv = h / (n.heads_q / n.heads_kv);
     if held.opens {
-        barrier_wait(address_at(&gates.q, queries.stage, buffers), queries.parity);
-        tell_tile(lines.tiles, queries.stage, QueryTile { batch: b, head: h, i0: held.step.i0 });
-        copy_tile::<E>(q, sq, &full.q, queries.stage, b, h, held.step.i0, buffers, q_len, cfg.bq());
-        advance(queries, comptime!(buffers as u32));
+        let slot = value_of::<u32>(rings.q.stage);
+        barrier_wait(address_at(&gates.q, slot, buffers), rings.q.parity);
+        tell_tile(lines.tiles, slot, QueryTile { batch: b, head: h, i0: held.step.i0 });
+        copy_tile::<E>(q, sq, &full.q, slot, b, h, held.step.i0, buffers, q_len, cfg.bq());
+        advance(&mut rings.q, comptime!(buffers as u32));
     }
-    barrier_wait(address_at(&gates.k, ring.stage, stages), ring.parity);
-    tell_step(lines.steps, ring.stage, held.step, next, n, cfg);
-    copy_tile::<E>(k, sk, &full.k, ring.stage, b, kv, j0, stages, k_len, cfg.bk);
-    barrier_wait(address_at(&gates.v, ring.stage, stages), ring.parity);
-    copy_tile::<E>(v, sv, &full.v, ring.stage, b, kv, j0, stages, v_len, cfg.bk);
-    advance(ring, comptime!(stages as u32));
+    let stage = value_of::<u32>(rings.k.stage);
+    barrier_wait(address_at(&gates.k, stage, stages), rings.k.parity);
+    tell_step(lines.steps, stage, held.step, next, n, cfg);
+    copy_tile::<E>(k, sk, &full.k, stage, b, kv, j0, stages, k_len, cfg.bk);
+    advance(&mut rings.k, comptime!(stages as u32));
+    if behind.exist {
+        send_values::<E>(v, sv, full, gates, rings, behind.batch, behind.head, behind.j0, cfg);
+    }
+    behind.exist = true;
+    behind.batch = b;
+    behind.head = kv;
+    behind.j0 = j0;
+}
+
+/// Copies the values of a step.
+#[cube]
+fn send_values<E: Float>(
+    v: &TensorMap<E, Tiled>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    gates: &Gates,
+    rings: &mut Rings,
+    b: u32,
+    kv: u32,
+    j0: u32,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [_, _, v_len] = comptime!(cfg.elements());
+    let stage = value_of::<u32>(rings.v.stage);
+    barrier_wait(address_at(&gates.v, stage, cfg.stages), rings.v.parity);
+    copy_tile::<E>(v, sv, &full.v, stage, b, kv, j0, cfg.stages, v_len, cfg.bk);
+    advance(&mut rings.v, comptime!(cfg.stages as u32));
 }
 
 /// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.

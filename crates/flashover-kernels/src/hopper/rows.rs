@@ -34,16 +34,27 @@ pub(crate) struct Place {
 pub(crate) struct RowState {
     pub m0: f32,
     pub m1: f32,
+    /// What exponents are taken against.
+    pub base0: f32,
+    pub base1: f32,
     pub l0: f32,
     pub l1: f32,
-    /// Factors of what was accumulated before the last tile.
+    /// Whether a maximum of the warp grew in the last tile: then what was accumulated before is multiplied by factors.
+    pub grown: bool,
     pub grow0: f32,
     pub grow1: f32,
 }
 
 /// Before any key. A learned sink enters as a score that one thread of a row counts.
 #[cube]
-pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) -> RowState {
+pub(crate) fn rows_start(
+    place: Place,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    factor: f32,
+    #[comptime] plain: bool,
+) -> RowState {
     let mut m = n.minus_infinity;
     let mut l = 0.0f32;
     if n.sinks_at != 0 {
@@ -51,7 +62,8 @@ pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) ->
         m = start.m;
         l = select(place.column == 0, start.l, 0.0f32);
     }
-    RowState { m0: m, m1: m, l0: l, l1: l, grow0: 1.0f32, grow1: 1.0f32 }
+    let base = exponent_base(m, factor, plain);
+    RowState { m0: m, m1: m, base0: base, base1: base, l0: l, l1: l, grown: false, grow0: 1.0f32, grow1: 1.0f32 }
 }
 
 /// Scores that a query does not see become −∞. Without `with_bits` only position and length hide.
@@ -194,15 +206,23 @@ pub(crate) fn softmax_tile<N: Size>(
 ) {
     let top0 = row_max::<N>(*s, 0usize, bk);
     let top1 = row_max::<N>(*s, 2usize, bk);
-    let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
-    rows.m0 = new_maximum(m0, quad_max(top0), factor);
-    rows.m1 = new_maximum(m1, quad_max(top1), factor);
-    let base0 = exponent_base(rows.m0, factor, plain);
-    let base1 = exponent_base(rows.m1, factor, plain);
-    rows.grow0 = growth(m0, rows.m0, factor, base0, plain);
-    rows.grow1 = growth(m1, rows.m1, factor, base1, plain);
-    let mut sum0 = rows.l0 * rows.grow0;
-    let mut sum1 = rows.l1 * rows.grow1;
+    // Mostly every thread finds that the old maxima will do, and the threads of a row need not ask each other.
+    let within = keeps(rows.m0, top0, factor) && keeps(rows.m1, top1, factor);
+    rows.grown = !plane_all(within);
+    if rows.grown {
+        let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
+        rows.m0 = new_maximum(m0, quad_max(top0), factor);
+        rows.m1 = new_maximum(m1, quad_max(top1), factor);
+        rows.base0 = exponent_base(rows.m0, factor, plain);
+        rows.base1 = exponent_base(rows.m1, factor, plain);
+        rows.grow0 = growth(m0, rows.m0, factor, rows.base0, plain);
+        rows.grow1 = growth(m1, rows.m1, factor, rows.base1, plain);
+        rows.l0 *= rows.grow0;
+        rows.l1 *= rows.grow1;
+    }
+    let (base0, base1) = (value_of::<f32>(rows.base0), value_of::<f32>(rows.base1));
+    let mut sum0 = value_of::<f32>(rows.l0);
+    let mut sum1 = value_of::<f32>(rows.l1);
     #[unroll]
     for x in 0..comptime!(bk / 4) {
         let (e0, e1) = comptime!((4 * (x / 2) + x % 2, 4 * (x / 2) + 2 + x % 2));
@@ -233,11 +253,17 @@ fn row_max<N: Size>(s: Accumulator<N>, #[comptime] row: usize, #[comptime] bk: u
     max(max(tops[0], tops[1]), max(tops[2], tops[3]))
 }
 
-/// The maximum that weights are taken against: the old one while that keeps them below 2 to the power of [`SLACK`].
+/// Whether weights against the old maximum stay below 2 to the power of [`SLACK`]. With an old maximum of −∞ the difference
+/// is +∞, or NaN where nothing was seen yet; the test is then false.
+#[cube]
+fn keeps(old: f32, top: f32, factor: f32) -> bool {
+    (top - old) * factor <= SLACK
+}
+
+/// The maximum that weights are taken against: the old one where that will do.
 #[cube]
 fn new_maximum(old: f32, top: f32, factor: f32) -> f32 {
-    // With an old maximum of −∞ the difference is +∞, or NaN where nothing was seen yet; the test is then false.
-    select((top - old) * factor <= SLACK, old, max(old, top))
+    select(keeps(old, top, factor), old, max(old, top))
 }
 
 /// Factor of what was accumulated under the old maximum: exactly 1 where that was kept, which the exponent of a rounded
@@ -328,18 +354,17 @@ pub(crate) fn pack_text(lanes: usize, bk: usize, ty: &str) -> String {
 
 /// What was accumulated, under the new maximum. Skipped where no row of the warp has one.
 #[cube]
-pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, grow0: f32, grow1: f32, #[comptime] dim: usize) {
-    if plane_any(grow0 != 1.0f32 || grow1 != 1.0f32) {
+pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptime] dim: usize) {
+    if rows.grown {
         #[unroll]
         for e in 0..comptime!(dim / 2) {
-            let grow = if comptime!((e / 2) % 2 == 0) { grow0 } else { grow1 };
+            let grow = if comptime!((e / 2) % 2 == 0) { rows.grow0 } else { rows.grow1 };
             o.insert(e, o.extract(e) * grow);
         }
     }
 }
 
-/// Writes the rows of `o` that exist, divided by their sums. A row that saw nothing is 0. Rows start at multiples of 16 bytes:
-/// the four threads of a row exchange what they hold until each has 8 neighbouring elements.
+/// Writes the rows of `o` that exist, divided by their sums, two elements at a time. A row that saw nothing is 0.
 #[cube]
 pub(crate) fn store_rows<N: Size>(
     acc: Accumulator<N>,
@@ -347,48 +372,47 @@ pub(crate) fn store_rows<N: Size>(
     l1: f32,
     place: Place,
     first_row: usize,
-    o: &mut [Vector<u32, Const<4>>],
+    o: &mut [u32],
     n: Numbers,
     #[comptime] element: Element,
     #[comptime] dim: usize,
 ) {
-    let lane = place.column / 2;
-    let row_vectors = (n.value_dim / 8) as usize;
+    let pairs = (n.value_dim / 2) as usize;
     #[unroll]
     for r in 0..2usize {
         let l = if comptime!(r == 0) { l0 } else { l1 };
         let seen = u32::reinterpret(l) != 0u32;
         let norm = 1.0f32 / l;
         let i = place.i + comptime!(8 * r as u32);
-        #[unroll]
-        for quad in 0..comptime!(dim / 32) {
-            let mut own = Array::<u32>::new(4usize);
-            #[unroll]
-            for x in 0..4usize {
-                let e = comptime!(4 * (4 * quad + x) + 2 * r);
-                let (low, high) = (acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm);
-                own[x] = select(seen, pack(low, high, element), 0u32);
-            }
-            // First between threads two apart, then between neighbours: thread t ends with group t of the four.
-            let upper = lane >= 2;
-            let odd = lane % 2 == 1;
-            let got0 = plane_shuffle_xor(select(upper, own[0], own[2]), 2u32);
-            let got1 = plane_shuffle_xor(select(upper, own[1], own[3]), 2u32);
-            let (kept0, kept1) = (select(upper, own[2], own[0]), select(upper, own[3], own[1]));
-            let (low0, high0) = (select(upper, got0, kept0), select(upper, kept0, got0));
-            let (low1, high1) = (select(upper, got1, kept1), select(upper, kept1, got1));
-            let got_low = plane_shuffle_xor(select(odd, low0, low1), 1u32);
-            let got_high = plane_shuffle_xor(select(odd, high0, high1), 1u32);
-            let (kept_low, kept_high) = (select(odd, low1, low0), select(odd, high1, high0));
-            let mut line = Vector::<u32, Const<4>>::new(0u32);
-            line.insert(0usize, select(odd, got_low, kept_low));
-            line.insert(1usize, select(odd, kept_low, got_low));
-            line.insert(2usize, select(odd, got_high, kept_high));
-            line.insert(3usize, select(odd, kept_high, got_high));
-            let group = lane + comptime!(4 * quad as u32);
-            if i < n.seq_q && group * 8 < n.value_dim {
-                o[(first_row + i as usize) * row_vectors + group as usize] = line;
+        let at = (first_row + i as usize) * pairs + (place.column / 2) as usize;
+        if i < n.seq_q {
+            if n.value_dim == comptime!(dim as u32) {
+                #[unroll]
+                for group in 0..comptime!(dim / 8) {
+                    o[at + comptime!(4 * group)] = normalized_pair::<N>(acc, norm, seen, r, group, element);
+                }
+            } else {
+                #[unroll]
+                for group in 0..comptime!(dim / 8) {
+                    if n.value_dim > comptime!(8 * group as u32) {
+                        o[at + comptime!(4 * group)] = normalized_pair::<N>(acc, norm, seen, r, group, element);
+                    }
+                }
             }
         }
     }
+}
+
+/// Two neighbouring elements of a row of the output.
+#[cube]
+fn normalized_pair<N: Size>(
+    acc: Accumulator<N>,
+    norm: f32,
+    seen: bool,
+    #[comptime] r: usize,
+    #[comptime] group: usize,
+    #[comptime] element: Element,
+) -> u32 {
+    let e = comptime!(4 * group + 2 * r);
+    select(seen, pack(acc.extract(e) * norm, acc.extract(comptime!(e + 1)) * norm, element), 0u32)
 }
