@@ -33,7 +33,7 @@ pub struct HopperConfig {
     pub head_dim: usize,
     /// Head dimension of values, likewise.
     pub value_dim: usize,
-    /// Tiles of keys, and of values, in flight.
+    /// Tiles of keys in flight.
     pub stages: usize,
     /// Whether only a positive scale changes a score, and no dense mask hides: what else there is costs registers.
     pub plain: bool,
@@ -118,19 +118,24 @@ impl HopperConfig {
 
     /// Query tiles in flight: the next comes while the last is still worked on, where there is room for it.
     pub const fn query_buffers(&self) -> usize {
-        if self.bytes_with(2) <= SHARED { 2 } else { 1 }
+        if self.bytes_with(2, self.stages) <= SHARED { 2 } else { 1 }
+    }
+
+    /// Tiles of values in flight: one more than of keys, which are done with earlier, where there is room for it.
+    pub const fn value_stages(&self) -> usize {
+        if self.bytes_with(self.query_buffers(), self.stages + 1) <= SHARED { self.stages + 1 } else { self.stages }
     }
 
     /// Shared memory of a cube in bytes, barriers and messages included.
     pub const fn shared_bytes(&self) -> usize {
-        self.bytes_with(self.query_buffers())
+        self.bytes_with(self.query_buffers(), self.value_stages())
     }
 
-    const fn bytes_with(&self, query_buffers: usize) -> usize {
+    const fn bytes_with(&self, query_buffers: usize, value_stages: usize) -> usize {
         let [q, k, v] = self.elements();
-        let tiles = (query_buffers * q + self.stages * (k + v)) * size_of::<u16>();
+        let tiles = (query_buffers * q + self.stages * k + value_stages * v) * size_of::<u16>();
         let lines = LINE * size_of::<u32>() * (query_buffers + self.stages);
-        tiles + lines + (2 * query_buffers + 4 * self.stages) * size_of::<u64>()
+        tiles + lines + 2 * (query_buffers + self.stages + value_stages) * size_of::<u64>()
     }
 
     /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
@@ -139,6 +144,12 @@ impl HopperConfig {
             2 => (232, 40),
             _ => (160, 32),
         }
+    }
+
+    /// Whether registers hold the weights of a step in f32 beside the scores of the next: then they are packed while those are
+    /// multiplied.
+    pub(crate) const fn packs_late(&self) -> bool {
+        self.consumers == 2 && self.bk + self.value_dim / 2 <= 160
     }
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, output and packed weights.

@@ -47,14 +47,14 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     #[define(NP)] _np: usize,
 ) {
     let [q_len, k_len, v_len] = comptime!(cfg.elements());
-    let (stages, buffers) = comptime!((cfg.stages, cfg.query_buffers()));
+    let (buffers, stages, value_stages) = comptime!((cfg.query_buffers(), cfg.stages, cfg.value_stages()));
     let mut sq: Shared<[E]> = Shared::new_aligned_slice(q_len * buffers, 1024usize);
     let mut sk: Shared<[E]> = Shared::new_aligned_slice(k_len * stages, 1024usize);
-    let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len * stages, 1024usize);
+    let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len * value_stages, 1024usize);
     let line_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(LINE * (buffers + stages)), 16usize);
     let warps = comptime!(4 * cfg.consumers as u32);
-    let full = Barriers { q: barriers(buffers, 1u32), k: barriers(stages, 1u32), v: barriers(stages, 1u32) };
-    let free = Barriers { q: barriers(buffers, warps), k: barriers(stages, warps), v: barriers(stages, warps) };
+    let full = Barriers { q: barriers(buffers, 1u32), k: barriers(stages, 1u32), v: barriers(value_stages, 1u32) };
+    let free = Barriers { q: barriers(buffers, warps), k: barriers(stages, warps), v: barriers(value_stages, warps) };
     fence_barriers();
     sync_cube();
 
@@ -127,7 +127,8 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     #[comptime] with_lse: bool,
     #[comptime] cfg: HopperConfig,
 ) {
-    let (stages, buffers) = comptime!((cfg.stages as u32, cfg.query_buffers() as u32));
+    let (buffers, stages) = comptime!((cfg.query_buffers() as u32, cfg.stages as u32));
+    let value_stages = comptime!(cfg.value_stages());
     let [ns, no, np] = comptime!(cfg.lanes());
     let both = comptime!(2 * WARPGROUP as u32);
     let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
@@ -139,6 +140,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
     let mut ring = ring_start(0u32);
     let mut queries = ring_start(0u32);
+    let mut values = ring_start(0u32);
     barrier_wait(address_at(&consumer.full.q, queries.stage, cfg.query_buffers()), queries.parity);
     let (first, exists) = told_tile(consumer.lines.tiles, 0u32);
     if exists {
@@ -157,7 +159,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let mut done = Done { tile: first, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
         let mut before = comptime!(after::NOTHING).runtime();
         while next != comptime!(after::NOTHING) {
-            let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
+            let stage = value_of::<u32>(values.stage);
             let opens = next == comptime!(after::NEXT_TILE);
             advance(&mut ring, stages);
             if opens {
@@ -177,7 +179,10 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             } else {
                 rescale::<NO>(&mut out, rows, cfg.value_dim);
             }
-            barrier_wait(address_at(&consumer.full.v, stage, cfg.stages), parity);
+            barrier_wait(address_at(&consumer.full.v, stage, value_stages), values.parity);
+            if comptime!(cfg.packs_late()) {
+                p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+            }
             let v = value_matrix(consumer, stage, cfg);
             let filling = issue_values::<NO, NP>(out, p, v, comptime!(to_output.clone()).as_str());
             named_arrive(following, both);
@@ -202,7 +207,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 rows.l1 = fresh.l1;
             }
             let told = told_step(consumer.lines.steps, ring.stage, tile.i0, n, cfg);
-            let mut s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
+            s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
             barrier_arrive(address_at(&consumer.free.k, ring.stage, cfg.stages), consumer.leader);
             // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
             if comptime!(cfg.plain) && told.step.full {
@@ -216,8 +221,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             }
             let (l0, l1) = (value_of::<f32>(rows.l0), value_of::<f32>(rows.l1));
             out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_after.clone()).as_str());
-            barrier_arrive(address_at(&consumer.free.v, stage, cfg.stages), consumer.leader);
-            p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+            barrier_arrive(address_at(&consumer.free.v, stage, value_stages), consumer.leader);
+            advance(&mut values, comptime!(value_stages as u32));
+            if comptime!(!cfg.packs_late()) {
+                p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+            }
             before = value_of::<u32>(next);
             next = told.after;
         }
@@ -230,8 +238,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         } else {
             rescale::<NO>(&mut out, rows, cfg.value_dim);
         }
-        barrier_wait(address_at(&consumer.full.v, ring.stage, cfg.stages), ring.parity);
-        let v = value_matrix(consumer, ring.stage, cfg);
+        barrier_wait(address_at(&consumer.full.v, values.stage, value_stages), values.parity);
+        if comptime!(cfg.packs_late()) {
+            p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+        }
+        let v = value_matrix(consumer, values.stage, cfg);
         let filling = issue_values::<NO, NP>(out, p, v, comptime!(to_output.clone()).as_str());
         out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
         let last = Done { tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };

@@ -14,6 +14,7 @@ mod produce;
 mod ptx;
 mod ring;
 mod rows;
+mod sections;
 
 pub use checks::{check_limits, reads_in_place};
 pub use config::HopperConfig;

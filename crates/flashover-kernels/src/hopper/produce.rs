@@ -33,7 +33,7 @@ pub(crate) fn gates(barriers: &Barriers, #[comptime] cfg: HopperConfig) -> Gates
     Gates {
         q: addresses(&barriers.q, cfg.query_buffers()),
         k: addresses(&barriers.k, cfg.stages),
-        v: addresses(&barriers.v, cfg.stages),
+        v: addresses(&barriers.v, cfg.value_stages()),
     }
 }
 
@@ -54,6 +54,8 @@ struct Held {
     opens: bool,
     batch: u32,
     head: u32,
+    /// Its head of keys and values.
+    kv: u32,
     step: Step,
 }
 
@@ -100,13 +102,15 @@ pub(crate) fn produce<E: Float>(
     let gates = gates(free, cfg);
     let mut rings = Rings { q: ring_start(1u32), k: ring_start(1u32), v: ring_start(1u32) };
     let mut behind = Values { exist: false, batch: 0u32, head: 0u32, j0: 0u32 };
-    let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, step: no_step(0u32) };
+    let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, kv: 0u32, step: no_step(0u32) };
+    let group = n.heads_q / n.heads_kv;
     let mut round = 0usize;
     let mut work = CUBE_POS;
     while (work as u32) < works {
         let own = sectioned_work(work, section, scratch, n, shape);
         if own.exists {
             let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * comptime!(cfg.bq() as u32));
+            let kv = h / group;
             let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
             let walk = key_walk(i0, at, scratch, n, shape);
             let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
@@ -144,6 +148,7 @@ pub(crate) fn produce<E: Float>(
                 held.opens = opens;
                 held.batch = b;
                 held.head = h;
+                held.kv = kv;
                 held.step.i0 = i0;
                 held.step.j0 = cursor.step.j0;
                 held.step.full = cursor.step.full;
@@ -191,7 +196,7 @@ fn send<E: Float>(
     let [q_len, k_len, _] = comptime!(cfg.elements());
     let (stages, buffers) = comptime!((cfg.stages, cfg.query_buffers()));
     let (b, h, j0) = (value_of::<u32>(held.batch), value_of::<u32>(held.head), value_of::<u32>(held.step.j0));
-    let kv = h / (n.heads_q / n.heads_kv);
+    let kv = value_of::<u32>(held.kv);
     if held.opens {
         let slot = value_of::<u32>(rings.q.stage);
         barrier_wait(address_at(&gates.q, slot, buffers), rings.q.parity);
@@ -228,9 +233,10 @@ fn send_values<E: Float>(
 ) {
     let [_, _, v_len] = comptime!(cfg.elements());
     let stage = value_of::<u32>(rings.v.stage);
-    barrier_wait(address_at(&gates.v, stage, cfg.stages), rings.v.parity);
-    copy_tile::<E>(v, sv, &full.v, stage, b, kv, j0, cfg.stages, v_len, cfg.bk);
-    advance(&mut rings.v, comptime!(cfg.stages as u32));
+    let stages = comptime!(cfg.value_stages());
+    barrier_wait(address_at(&gates.v, stage, stages), rings.v.parity);
+    copy_tile::<E>(v, sv, &full.v, stage, b, kv, j0, stages, v_len, cfg.bk);
+    advance(&mut rings.v, comptime!(stages as u32));
 }
 
 /// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.
