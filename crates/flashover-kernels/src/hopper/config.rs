@@ -138,11 +138,13 @@ impl HopperConfig {
         tiles + lines + 2 * (query_buffers + self.stages + value_stages) * size_of::<u64>()
     }
 
-    /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
+    /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all. The producer's
+    /// addresses take 56; a wide output takes what they can do without.
     pub(crate) const fn registers(&self) -> (u32, u32) {
-        match self.consumers {
-            2 => (232, 40),
-            _ => (160, 32),
+        match (self.consumers, self.value_dim) {
+            (2, ..=128) => (224, 56),
+            (2, _) => (240, 24),
+            _ => (152, 56),
         }
     }
 

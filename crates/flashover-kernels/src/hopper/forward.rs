@@ -152,6 +152,8 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let flying = scores::<NS>(consumer, queries.stage, ring.stage, cfg);
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
         barrier_arrive(address_at(&consumer.free.k, ring.stage, cfg.stages), consumer.leader);
+        advance(&mut ring, stages);
+        let mut k_full = value_of::<u32>(address_at(&consumer.full.k, ring.stage, cfg.stages));
         weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, consumer.factor, with_bias, true, cfg);
         let mut p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
         let mut out = Accumulator::<NO>::new(0.0f32);
@@ -159,17 +161,16 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let mut done = Done { tile: first, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
         let mut before = comptime!(after::NOTHING).runtime();
         while next != comptime!(after::NOTHING) {
-            let stage = value_of::<u32>(values.stage);
             let opens = next == comptime!(after::NEXT_TILE);
-            advance(&mut ring, stages);
+            let (k_stage, v_stage) = (value_of::<u32>(ring.stage), value_of::<u32>(values.stage));
             if opens {
                 barrier_arrive(address_at(&consumer.free.q, queries.stage, cfg.query_buffers()), consumer.leader);
                 advance(&mut queries, buffers);
                 barrier_wait(address_at(&consumer.full.q, queries.stage, cfg.query_buffers()), queries.parity);
             }
-            barrier_wait(address_at(&consumer.full.k, ring.stage, cfg.stages), ring.parity);
+            barrier_wait(k_full, ring.parity);
             named_wait(1 + consumer.group, both);
-            let flying = scores::<NS>(consumer, queries.stage, ring.stage, cfg);
+            let flying = scores::<NS>(consumer, queries.stage, k_stage, cfg);
             if before == comptime!(after::NEXT_TILE) {
                 finish::<NO>(&mut out, done, consumer.factor, o, lse, n, with_lse, cfg);
                 #[unroll]
@@ -179,11 +180,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             } else {
                 rescale::<NO>(&mut out, rows, cfg.value_dim);
             }
-            barrier_wait(address_at(&consumer.full.v, stage, value_stages), values.parity);
+            barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), values.parity);
             if comptime!(cfg.packs_late()) {
                 p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
             }
-            let v = value_matrix(consumer, stage, cfg);
+            let v = value_matrix(consumer, v_stage, cfg);
             let filling = issue_values::<NO, NP>(out, p, v, comptime!(to_output.clone()).as_str());
             named_arrive(following, both);
             if opens {
@@ -206,9 +207,12 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 rows.l0 = fresh.l0;
                 rows.l1 = fresh.l1;
             }
-            let told = told_step(consumer.lines.steps, ring.stage, tile.i0, n, cfg);
+            let told = told_step(consumer.lines.steps, k_stage, tile.i0, n, cfg);
+            // Where the next step waits: worked out now, while the products are in flight.
+            advance(&mut ring, stages);
+            k_full = value_of::<u32>(address_at(&consumer.full.k, ring.stage, cfg.stages));
             s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
-            barrier_arrive(address_at(&consumer.free.k, ring.stage, cfg.stages), consumer.leader);
+            barrier_arrive(address_at(&consumer.free.k, k_stage, cfg.stages), consumer.leader);
             // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
             if comptime!(cfg.plain) && told.step.full {
                 weigh::<E, NS>(
@@ -221,7 +225,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             }
             let (l0, l1) = (value_of::<f32>(rows.l0), value_of::<f32>(rows.l1));
             out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_after.clone()).as_str());
-            barrier_arrive(address_at(&consumer.free.v, stage, value_stages), consumer.leader);
+            barrier_arrive(address_at(&consumer.free.v, v_stage, value_stages), consumer.leader);
             advance(&mut values, comptime!(value_stages as u32));
             if comptime!(!cfg.packs_late()) {
                 p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
