@@ -15,7 +15,7 @@ use super::ptx::{
     named_wait, registers_decrease, registers_increase, score_text, shared_address, value_text, wait_after_text,
     wait_products, wait_products_after, wait_text,
 };
-use super::ring::{address_at, advance, barriers, ring_start};
+use super::ring::{Ring, address_at, advance, barriers, ring_start};
 use super::rows::{
     Place, RowState, drop_weights, hide, pack_text, pack_weights, quad_sum, rescale, rows_start, shape_scores, softmax_tile,
     store_rows,
@@ -113,8 +113,25 @@ struct Consumer {
     factor: f32,
 }
 
-/// All steps of a cube. What is carried from one to the next: the weights of the last, and the output and the rows that
-/// they belong to.
+/// What is carried from one step of a cube to the next, beside the weights of the last and the output they belong to.
+#[derive(CubeType)]
+struct Carried {
+    tile: QueryTile,
+    rows: RowState,
+    /// The tile before, whose output is stored once its last product is done.
+    done: Done,
+    /// What comes next, and what came before the step whose weights are known, of [`after`].
+    next: u32,
+    before: u32,
+    /// The buffer of the queries, the stage of the keys of the next step, and that of the values of the last.
+    queries: Ring,
+    keys: Ring,
+    values: Ring,
+    /// The barrier of those keys.
+    k_full: u32,
+}
+
+/// All steps of a cube.
 #[cube]
 fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     consumer: &Consumer,
@@ -127,131 +144,197 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     #[comptime] with_lse: bool,
     #[comptime] cfg: HopperConfig,
 ) {
-    let (buffers, stages) = comptime!((cfg.query_buffers() as u32, cfg.stages as u32));
-    let value_stages = comptime!(cfg.value_stages());
     let [ns, no, np] = comptime!(cfg.lanes());
-    let both = comptime!(2 * WARPGROUP as u32);
     let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
-    let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
-    let to_weights = comptime!(pack_text(np, cfg.bk, cfg.element.name()));
-    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
     let output_done = comptime!(wait_text(no, cfg.value_dim, 0));
-    let output_after = comptime!(wait_after_text(no, cfg.value_dim, 0));
-    let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
-    let mut ring = ring_start(0u32);
-    let mut queries = ring_start(0u32);
-    let mut values = ring_start(0u32);
-    barrier_wait(address_at(&consumer.full.q, queries.stage, cfg.query_buffers()), queries.parity);
+    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
+    barrier_wait(address_at(&consumer.full.q, 0u32, cfg.query_buffers()), 0u32);
     let (first, exists) = told_tile(consumer.lines.tiles, 0u32);
     if exists {
-        let mut tile = QueryTile { batch: first.batch, head: first.head, i0: first.i0 };
-        let mut rows = first_rows::<E>(first, bias, scratch, n, consumer.factor, with_bias, cfg);
-        barrier_wait(address_at(&consumer.full.k, ring.stage, cfg.stages), ring.parity);
-        let told = told_step(consumer.lines.steps, ring.stage, first.i0, n, cfg);
-        let mut next = told.after;
-        let flying = scores::<NS>(consumer, queries.stage, ring.stage, cfg);
+        let mut keys = ring_start(0u32);
+        barrier_wait(address_at(&consumer.full.k, 0u32, cfg.stages), 0u32);
+        let told = told_step(consumer.lines.steps, 0u32, first.i0, n, cfg);
+        let flying = scores::<NS>(consumer, 0u32, 0u32, cfg);
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
-        barrier_arrive(address_at(&consumer.free.k, ring.stage, cfg.stages), consumer.leader);
-        advance(&mut ring, stages);
-        let mut k_full = value_of::<u32>(address_at(&consumer.full.k, ring.stage, cfg.stages));
+        barrier_arrive(address_at(&consumer.free.k, 0u32, cfg.stages), consumer.leader);
+        let mut rows = first_rows::<E>(first, bias, scratch, n, consumer.factor, with_bias, cfg);
         weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, consumer.factor, with_bias, true, cfg);
-        let mut p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+        let mut p = packed::<NS, NP>(s, cfg);
         let mut out = Accumulator::<NO>::new(0.0f32);
-        // The tile whose last weights are in `out`, where `p` are the first of another.
-        let mut done = Done { tile: first, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        let mut before = comptime!(after::NOTHING).runtime();
-        while next != comptime!(after::NOTHING) {
-            let opens = next == comptime!(after::NEXT_TILE);
-            let (k_stage, v_stage) = (value_of::<u32>(ring.stage), value_of::<u32>(values.stage));
-            if opens {
-                barrier_arrive(address_at(&consumer.free.q, queries.stage, cfg.query_buffers()), consumer.leader);
-                advance(&mut queries, buffers);
-                barrier_wait(address_at(&consumer.full.q, queries.stage, cfg.query_buffers()), queries.parity);
-            }
-            barrier_wait(k_full, ring.parity);
-            named_wait(1 + consumer.group, both);
-            let flying = scores::<NS>(consumer, queries.stage, k_stage, cfg);
-            if before == comptime!(after::NEXT_TILE) {
-                finish::<NO>(&mut out, done, consumer.factor, o, lse, n, with_lse, cfg);
-                #[unroll]
-                for e in 0..comptime!(cfg.value_dim / 2) {
-                    out.insert(e, 0.0f32);
-                }
-            } else {
-                rescale::<NO>(&mut out, rows, cfg.value_dim);
-            }
-            barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), values.parity);
-            if comptime!(cfg.packs_late()) {
-                p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
-            }
-            let v = value_matrix(consumer, v_stage, cfg);
-            let filling = issue_values::<NO, NP>(out, p, v, comptime!(to_output.clone()).as_str());
-            named_arrive(following, both);
-            if opens {
-                done.tile.batch = tile.batch;
-                done.tile.head = tile.head;
-                done.tile.i0 = tile.i0;
-                done.m0 = rows.m0;
-                done.m1 = rows.m1;
-                done.l0 = rows.l0;
-                done.l1 = rows.l1;
-                let (opened, _) = told_tile(consumer.lines.tiles, queries.stage);
-                tile.batch = opened.batch;
-                tile.head = opened.head;
-                tile.i0 = opened.i0;
-                let fresh = first_rows::<E>(opened, bias, scratch, n, consumer.factor, with_bias, cfg);
-                rows.m0 = fresh.m0;
-                rows.m1 = fresh.m1;
-                rows.base0 = fresh.base0;
-                rows.base1 = fresh.base1;
-                rows.l0 = fresh.l0;
-                rows.l1 = fresh.l1;
-            }
-            let told = told_step(consumer.lines.steps, k_stage, tile.i0, n, cfg);
-            // Where the next step waits: worked out now, while the products are in flight.
-            advance(&mut ring, stages);
-            k_full = value_of::<u32>(address_at(&consumer.full.k, ring.stage, cfg.stages));
-            s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
-            barrier_arrive(address_at(&consumer.free.k, k_stage, cfg.stages), consumer.leader);
-            // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
-            if comptime!(cfg.plain) && told.step.full {
-                weigh::<E, NS>(
-                    &mut s, &mut rows, tile, told.step, scratch, bias, n, consumer.factor, with_bias, false, cfg,
-                );
-            } else {
-                weigh::<E, NS>(
-                    &mut s, &mut rows, tile, told.step, scratch, bias, n, consumer.factor, with_bias, true, cfg,
-                );
-            }
-            let (l0, l1) = (value_of::<f32>(rows.l0), value_of::<f32>(rows.l1));
-            out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_after.clone()).as_str());
-            barrier_arrive(address_at(&consumer.free.v, v_stage, value_stages), consumer.leader);
-            advance(&mut values, comptime!(value_stages as u32));
-            if comptime!(!cfg.packs_late()) {
-                p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
-            }
-            before = value_of::<u32>(next);
-            next = told.after;
+        advance(&mut keys, comptime!(cfg.stages as u32));
+        let mut carried = Carried {
+            tile: first,
+            rows,
+            done: Done { tile: first, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 },
+            next: told.after,
+            before: comptime!(after::NOTHING).runtime(),
+            queries: ring_start(0u32),
+            keys,
+            values: ring_start(0u32),
+            k_full: address_at(&consumer.full.k, keys.stage, cfg.stages),
+        };
+        while carried.next != comptime!(after::NOTHING) {
+            next_step::<E, NS, NO, NP>(
+                &mut s,
+                &mut p,
+                &mut out,
+                &mut carried,
+                consumer,
+                bias,
+                scratch,
+                o,
+                lse,
+                n,
+                with_bias,
+                with_lse,
+                cfg,
+            );
         }
-        if before == comptime!(after::NEXT_TILE) {
-            finish::<NO>(&mut out, done, consumer.factor, o, lse, n, with_lse, cfg);
-            #[unroll]
-            for e in 0..comptime!(cfg.value_dim / 2) {
-                out.insert(e, 0.0f32);
-            }
-        } else {
-            rescale::<NO>(&mut out, rows, cfg.value_dim);
-        }
-        barrier_wait(address_at(&consumer.full.v, values.stage, value_stages), values.parity);
+        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, n, with_lse, cfg);
+        let stage = value_of::<u32>(carried.values.stage);
+        barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
         if comptime!(cfg.packs_late()) {
-            p = pack_weights::<NS, NP>(s, comptime!(to_weights.clone()).as_str());
+            p = packed::<NS, NP>(s, cfg);
         }
-        let v = value_matrix(consumer, values.stage, cfg);
+        let v = value_matrix(consumer, stage, cfg);
         let filling = issue_values::<NO, NP>(out, p, v, comptime!(to_output.clone()).as_str());
         out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
-        let last = Done { tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        finish::<NO>(&mut out, last, consumer.factor, o, lse, n, with_lse, cfg);
+        let rows = carried.rows;
+        let last = Done { tile: carried.tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
+        finish::<NO>(out, last, consumer.factor, o, lse, n, with_lse, cfg);
     }
+}
+
+/// The scores of the next step are multiplied; under them the last step's output is made ready for its weights, which then
+/// are multiplied with their values; under that the next weights are taken.
+#[cube]
+fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
+    s: &mut Accumulator<NS>,
+    p: &mut Vector<u32, NP>,
+    out: &mut Accumulator<NO>,
+    carried: &mut Carried,
+    consumer: &Consumer,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    o: &mut [u32],
+    lse: &mut ComptimeOption<&mut [f32]>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] with_lse: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [ns, no, np] = comptime!(cfg.lanes());
+    let (buffers, value_stages) = comptime!((cfg.query_buffers(), cfg.value_stages()));
+    let both = comptime!(2 * WARPGROUP as u32);
+    let scores_first = comptime!(wait_text(ns, cfg.bk, 1));
+    let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
+    let output_done = comptime!(wait_after_text(no, cfg.value_dim, 0));
+    let opens = carried.next == comptime!(after::NEXT_TILE);
+    let (k_stage, v_stage) = (value_of::<u32>(carried.keys.stage), value_of::<u32>(carried.values.stage));
+    if opens {
+        barrier_arrive(address_at(&consumer.free.q, carried.queries.stage, buffers), consumer.leader);
+        advance(&mut carried.queries, comptime!(buffers as u32));
+        barrier_wait(address_at(&consumer.full.q, carried.queries.stage, buffers), carried.queries.parity);
+    }
+    barrier_wait(carried.k_full, carried.keys.parity);
+    named_wait(1 + consumer.group, both);
+    let flying = scores::<NS>(consumer, carried.queries.stage, k_stage, cfg);
+    make_room::<NO>(out, carried, consumer, o, lse, n, with_lse, cfg);
+    barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
+    if comptime!(cfg.packs_late()) {
+        *p = packed::<NS, NP>(*s, cfg);
+    }
+    let v = value_matrix(consumer, v_stage, cfg);
+    let filling = issue_values::<NO, NP>(*out, *p, v, comptime!(to_output.clone()).as_str());
+    let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
+    named_arrive(following, both);
+    if opens {
+        open_tile::<E>(carried, consumer, bias, scratch, n, with_bias, cfg);
+    }
+    let told = told_step(consumer.lines.steps, k_stage, carried.tile.i0, n, cfg);
+    // Where the step after waits: worked out now, while the products are in flight.
+    advance(&mut carried.keys, comptime!(cfg.stages as u32));
+    carried.k_full = value_of::<u32>(address_at(&consumer.full.k, carried.keys.stage, cfg.stages));
+    *s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
+    barrier_arrive(address_at(&consumer.free.k, k_stage, cfg.stages), consumer.leader);
+    // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
+    let (tile, factor) = (carried.tile, consumer.factor);
+    if comptime!(cfg.plain) && told.step.full {
+        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, false, cfg);
+    } else {
+        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, true, cfg);
+    }
+    let (l0, l1) = (value_of::<f32>(carried.rows.l0), value_of::<f32>(carried.rows.l1));
+    *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
+    barrier_arrive(address_at(&consumer.free.v, v_stage, value_stages), consumer.leader);
+    advance(&mut carried.values, comptime!(value_stages as u32));
+    if comptime!(!cfg.packs_late()) {
+        *p = packed::<NS, NP>(*s, cfg);
+    }
+    carried.before = value_of::<u32>(carried.next);
+    carried.next = told.after;
+}
+
+/// The output for the weights of the last step: where they are the first of a tile, that of the tile before is stored.
+#[cube]
+fn make_room<NO: Size>(
+    out: &mut Accumulator<NO>,
+    carried: &mut Carried,
+    consumer: &Consumer,
+    o: &mut [u32],
+    lse: &mut ComptimeOption<&mut [f32]>,
+    n: Numbers,
+    #[comptime] with_lse: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    if carried.before == comptime!(after::NEXT_TILE) {
+        finish::<NO>(*out, carried.done, consumer.factor, o, lse, n, with_lse, cfg);
+        #[unroll]
+        for e in 0..comptime!(cfg.value_dim / 2) {
+            out.insert(e, 0.0f32);
+        }
+    } else {
+        rescale::<NO>(out, carried.rows, cfg.value_dim);
+    }
+}
+
+/// Goes on to the query tile that is told of beside its queries.
+#[cube]
+fn open_tile<E: Float>(
+    carried: &mut Carried,
+    consumer: &Consumer,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    carried.done.tile.batch = value_of::<u32>(carried.tile.batch);
+    carried.done.tile.head = value_of::<u32>(carried.tile.head);
+    carried.done.tile.i0 = value_of::<u32>(carried.tile.i0);
+    carried.done.m0 = value_of::<f32>(carried.rows.m0);
+    carried.done.m1 = value_of::<f32>(carried.rows.m1);
+    carried.done.l0 = value_of::<f32>(carried.rows.l0);
+    carried.done.l1 = value_of::<f32>(carried.rows.l1);
+    let (opened, _) = told_tile(consumer.lines.tiles, carried.queries.stage);
+    carried.tile.batch = opened.batch;
+    carried.tile.head = opened.head;
+    carried.tile.i0 = opened.i0;
+    let fresh = first_rows::<E>(opened, bias, scratch, n, consumer.factor, with_bias, cfg);
+    carried.rows.m0 = fresh.m0;
+    carried.rows.m1 = fresh.m1;
+    carried.rows.base0 = fresh.base0;
+    carried.rows.base1 = fresh.base1;
+    carried.rows.l0 = fresh.l0;
+    carried.rows.l1 = fresh.l1;
+}
+
+/// Weights as the operand of their product with the values.
+#[cube]
+fn packed<NS: Size, NP: Size>(s: Accumulator<NS>, #[comptime] cfg: HopperConfig) -> Vector<u32, NP> {
+    let [_, _, np] = comptime!(cfg.lanes());
+    let text = comptime!(pack_text(np, cfg.bk, cfg.element.name()));
+    pack_weights::<NS, NP>(s, comptime!(text.clone()).as_str())
 }
 
 /// A query tile that all weights are known of.
@@ -292,7 +375,7 @@ fn first_rows<E: Float>(
 /// Stores the output and the log-sum-exp of a query tile.
 #[cube]
 fn finish<NO: Size>(
-    out: &mut Accumulator<NO>,
+    out: Accumulator<NO>,
     done: Done,
     factor: f32,
     o: &mut [u32],
@@ -304,7 +387,7 @@ fn finish<NO: Size>(
     let place = place_in(done.tile);
     let (l0, l1) = (quad_sum(done.l0), quad_sum(done.l1));
     let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
-    store_rows::<NO>(*out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim);
+    store_rows::<NO>(out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim);
     if with_lse {
         if place.column == 0 {
             let (x0, x1) = (row_lse(done.m0, l0, factor, n), row_lse(done.m1, l1, factor, n));
