@@ -24,6 +24,14 @@ use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::value_of;
 use crate::family::walk::Step;
 
+/// What a forward writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Outputs {
+    pub with_lse: bool,
+    /// Whether the value dimension is the one that products are made for, not less.
+    pub whole: bool,
+}
+
 /// A persistent grid: of each round of as many works as there are cubes a cube takes one. `factor` takes scores to logarithms of base 2.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
@@ -39,7 +47,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     section: u32,
     factor: f32,
     #[comptime] with_bias: bool,
-    #[comptime] with_lse: bool,
+    #[comptime] outputs: Outputs,
     #[comptime] cfg: HopperConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -85,7 +93,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if group == comptime!(cfg.consumers as u32 - 1) {
             named_arrive(1u32, comptime!(2 * WARPGROUP as u32));
         }
-        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, n, with_bias, with_lse, cfg);
+        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, n, with_bias, outputs, cfg);
     }
 }
 
@@ -141,7 +149,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] with_lse: bool,
+    #[comptime] outputs: Outputs,
     #[comptime] cfg: HopperConfig,
 ) {
     let [ns, no, np] = comptime!(cfg.lanes());
@@ -186,11 +194,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 lse,
                 n,
                 with_bias,
-                with_lse,
+                outputs,
                 cfg,
             );
         }
-        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, n, with_lse, cfg);
+        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, n, outputs, cfg);
         let stage = value_of::<u32>(carried.values.stage);
         barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
         if comptime!(cfg.packs_late()) {
@@ -201,7 +209,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
         let rows = carried.rows;
         let last = Done { tile: carried.tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        finish::<NO>(out, last, consumer.factor, o, lse, n, with_lse, cfg);
+        finish::<NO>(out, last, consumer.factor, o, lse, n, outputs, cfg);
     }
 }
 
@@ -220,7 +228,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] with_lse: bool,
+    #[comptime] outputs: Outputs,
     #[comptime] cfg: HopperConfig,
 ) {
     let [ns, no, np] = comptime!(cfg.lanes());
@@ -239,7 +247,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     barrier_wait(carried.k_full, carried.keys.parity);
     named_wait(1 + consumer.group, both);
     let flying = scores::<NS>(consumer, carried.queries.stage, k_stage, cfg);
-    make_room::<NO>(out, carried, consumer, o, lse, n, with_lse, cfg);
+    make_room::<NO>(out, carried, consumer, o, lse, n, outputs, cfg);
     barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
     if comptime!(cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
@@ -284,11 +292,11 @@ fn make_room<NO: Size>(
     o: &mut [u32],
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
-    #[comptime] with_lse: bool,
+    #[comptime] outputs: Outputs,
     #[comptime] cfg: HopperConfig,
 ) {
     if carried.before == comptime!(after::NEXT_TILE) {
-        finish::<NO>(*out, carried.done, consumer.factor, o, lse, n, with_lse, cfg);
+        finish::<NO>(*out, carried.done, consumer.factor, o, lse, n, outputs, cfg);
         #[unroll]
         for e in 0..comptime!(cfg.value_dim / 2) {
             out.insert(e, 0.0f32);
@@ -381,14 +389,14 @@ fn finish<NO: Size>(
     o: &mut [u32],
     lse: &mut ComptimeOption<&mut [f32]>,
     n: Numbers,
-    #[comptime] with_lse: bool,
+    #[comptime] outputs: Outputs,
     #[comptime] cfg: HopperConfig,
 ) {
     let place = place_in(done.tile);
     let (l0, l1) = (quad_sum(done.l0), quad_sum(done.l1));
     let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
-    store_rows::<NO>(out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim);
-    if with_lse {
+    store_rows::<NO>(out, l0, l1, place, first_row, o, n, cfg.element, cfg.value_dim, outputs.whole);
+    if outputs.with_lse {
         if place.column == 0 {
             let (x0, x1) = (row_lse(done.m0, l0, factor, n), row_lse(done.m1, l1, factor, n));
             if place.i < n.seq_q {

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::checks::{check_limits, reads_in_place};
 use super::config::{HopperConfig, PIECE};
-use super::forward::forward_kernel;
+use super::forward::{Outputs, forward_kernel};
 use super::sections::section;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::launcher::{Forward, cubes_of};
@@ -62,7 +62,7 @@ pub fn forward(
             std::env::var("FSEC").map_or(section(problem, cfg, cubes), |x| x.parse().unwrap()) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
-            with_lse,
+            Outputs { with_lse, whole: problem.value_dim == cfg.value_dim },
             cfg,
             q.elem,
             ns,

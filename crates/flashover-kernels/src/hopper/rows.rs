@@ -365,6 +365,7 @@ pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptim
 }
 
 /// Writes the rows of `o` that exist, divided by their sums, two elements at a time. A row that saw nothing is 0.
+/// `whole` says that the value dimension is `dim`, not less.
 #[cube]
 pub(crate) fn store_rows<N: Size>(
     acc: Accumulator<N>,
@@ -376,6 +377,7 @@ pub(crate) fn store_rows<N: Size>(
     n: Numbers,
     #[comptime] element: Element,
     #[comptime] dim: usize,
+    #[comptime] whole: bool,
 ) {
     let pairs = (n.value_dim / 2) as usize;
     #[unroll]
@@ -386,17 +388,13 @@ pub(crate) fn store_rows<N: Size>(
         let i = place.i + comptime!(8 * r as u32);
         let at = (first_row + i as usize) * pairs + (place.column / 2) as usize;
         if i < n.seq_q {
-            if n.value_dim == comptime!(dim as u32) {
-                #[unroll]
-                for group in 0..comptime!(dim / 8) {
-                    o[at + comptime!(4 * group)] = normalized_pair::<N>(acc, norm, seen, r, group, element);
-                }
-            } else {
-                #[unroll]
-                for group in 0..comptime!(dim / 8) {
-                    if n.value_dim > comptime!(8 * group as u32) {
-                        o[at + comptime!(4 * group)] = normalized_pair::<N>(acc, norm, seen, r, group, element);
-                    }
+            #[unroll]
+            for group in 0..comptime!(dim / 8) {
+                let pair = normalized_pair::<N>(acc, norm, seen, r, group, element);
+                if comptime!(whole) {
+                    o[at + comptime!(4 * group)] = pair;
+                } else if n.value_dim > comptime!(8 * group as u32) {
+                    o[at + comptime!(4 * group)] = pair;
                 }
             }
         }
