@@ -66,7 +66,8 @@ pub(crate) fn rows_start(
     RowState { m0: m, m1: m, base0: base, base1: base, l0: l, l1: l, grown: false, grow0: 1.0f32, grow1: 1.0f32 }
 }
 
-/// Scores that a query does not see become −∞. Without `with_bits` only position and length hide.
+/// Scores that a query does not see become −∞. Without `with_bits` only position and length hide. What a row sees is worked
+/// out for 32 keys at a time, a bit each.
 #[cube]
 pub(crate) fn hide<N: Size>(
     s: &mut Accumulator<N>,
@@ -84,60 +85,67 @@ pub(crate) fn hide<N: Size>(
         // As `band_allows`, with the bounds of a row taken once. Rows past the end hide nothing: they are not stored.
         let from = step.j0 as i32 + place.column as i32;
         let first = max(a - n.left, 0i32) - from;
-        let last = min(a + min(n.right, n.ahead), at.keys - 1) - from;
+        let end = min(a + min(n.right, n.ahead), at.keys - 1) + 1 - from;
         let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - from;
         #[unroll]
-        for x in 0..comptime!(bk / 4) {
-            let column = comptime!((8 * (x / 2) + x % 2) as i32);
-            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
-            let seen = (column >= first && column <= last) || column < sinks;
-            s.insert(e, select(seen, s.extract(e), n.minus_infinity));
-        }
-    }
-    if with_bits {
-        if n.mask_at != 0 || step.bits != 0 {
-            hide_bits::<N>(s, place, step, at, scratch, n, bk);
+        for word in 0..comptime!(bk.div_ceil(32)) {
+            let before = comptime!(32 * word as i32);
+            let mut seen = ones(first - before, end - before) | ones(0i32, sinks - before);
+            if with_bits {
+                if n.mask_at != 0 || step.bits != 0 {
+                    seen &= seen_bits(place, step, at, scratch, n, r, word) >> place.column;
+                }
+            }
+            #[unroll]
+            for x in 0..comptime!(8.min((bk - 32 * word) / 4)) {
+                let e = comptime!(16 * word + 4 * (x / 2) + 2 * r + x % 2);
+                let own = comptime!(1u32 << (8 * (x / 2) + x % 2));
+                s.insert(e, select(seen & own != 0, s.extract(e), n.minus_infinity));
+            }
         }
     }
 }
 
-/// What a dense mask and the bits of a plan hide, a word of 32 keys at a time.
+/// Ones in bits `start .. end` of a word.
 #[cube]
-fn hide_bits<N: Size>(
-    s: &mut Accumulator<N>,
+fn ones(start: i32, end: i32) -> u32 {
+    let start = max(start, 0i32);
+    let width = value_of::<u32>(max(end - start, 0i32) as u32);
+    let start = value_of::<u32>(start as u32);
+    let out: u32;
+    gpu_asm!(
+        "bmsk.clamp.b32 {out}, {start}, {width};",
+        out = out(_) out, start = in(_) start, width = in(_) width, options(pure, nomem),
+    );
+    out
+}
+
+/// What a dense mask and the bits of a plan let a row see of the 32 keys of a word.
+#[cube]
+fn seen_bits(
     place: Place,
     step: Step,
     at: Head,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] bk: usize,
-) {
-    #[unroll]
-    for r in 0..2usize {
-        // What lies past the ends has no word; keys are hidden by then, rows are not stored.
-        let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
-        #[unroll]
-        for word in 0..comptime!(bk / 32) {
-            let j0 = step.j0 + comptime!(32 * word as u32);
-            let mut seen = 0xFFFF_FFFFu32.runtime();
-            if n.mask_at != 0 && j0 < n.seq_kv {
-                let bit = j0 * n.mask_key;
-                let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
-                // A mask that is broadcast along the keys has one bit for all.
-                seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
-            }
-            if step.bits != 0 {
-                let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
-                seen &= scratch[step.bits + at as usize];
-            }
-            #[unroll]
-            for x in 0..8usize {
-                let e = comptime!(16 * word + 4 * (x / 2) + 2 * r + x % 2);
-                let bit = place.column + comptime!((8 * (x / 2) + x % 2) as u32);
-                s.insert(e, select((seen >> bit) & 1u32 == 1u32, s.extract(e), n.minus_infinity));
-            }
-        }
+    #[comptime] r: usize,
+    #[comptime] word: usize,
+) -> u32 {
+    // What lies past the ends has no word; keys are hidden by then, rows are not stored.
+    let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
+    let j0 = step.j0 + comptime!(32 * word as u32);
+    let mut seen = 0xFFFF_FFFFu32.runtime();
+    if n.mask_at != 0 && j0 < n.seq_kv {
+        let bit = j0 * n.mask_key;
+        let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+        // A mask that is broadcast along the keys has one bit for all.
+        seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
     }
+    if step.bits != 0 {
+        let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
+        seen &= scratch[step.bits + at as usize];
+    }
+    seen
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
