@@ -55,7 +55,7 @@ pub fn forward(
             tiles(v, cfg.bk),
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
-            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 2),
+            BufferArg::from_raw_parts(o.handle.clone(), o.elements() / 4),
             lse.as_ref().map(DeviceTensor::buffer).into(),
             call.numbers(),
             works as u32,
