@@ -247,6 +247,12 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     barrier_wait(carried.k_full, carried.keys.parity);
     named_wait(1 + consumer.group, both);
     let flying = scores::<NS>(consumer, carried.queries.stage, k_stage, cfg);
+    let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
+    // While a whole output is stored the other warpgroup may multiply.
+    let stores = carried.before == comptime!(after::NEXT_TILE);
+    if stores {
+        named_arrive(following, both);
+    }
     make_room::<NO>(out, carried, consumer, o, lse, n, outputs, cfg);
     barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
     if comptime!(cfg.packs_late()) {
@@ -254,8 +260,9 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     }
     let v = value_matrix(consumer, v_stage, cfg);
     let filling = issue_values::<NO, NP>(*out, *p, v, comptime!(to_output.clone()).as_str());
-    let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
-    named_arrive(following, both);
+    if !stores {
+        named_arrive(following, both);
+    }
     if opens {
         open_tile::<E>(carried, consumer, bias, scratch, n, with_bias, cfg);
     }

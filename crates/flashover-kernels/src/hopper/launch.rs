@@ -59,7 +59,7 @@ pub fn forward(
             lse.as_ref().map(DeviceTensor::buffer).into(),
             call.numbers(),
             works as u32,
-            std::env::var("FSEC").map_or(section(problem, cfg, cubes), |x| x.parse().unwrap()) as u32,
+            section(problem, cfg, cubes) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
             Outputs { with_lse, whole: problem.value_dim == cfg.value_dim },
