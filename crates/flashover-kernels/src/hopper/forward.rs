@@ -17,8 +17,8 @@ use super::ptx::{
 };
 use super::ring::{Ring, address_at, advance, barriers, ring_start};
 use super::rows::{
-    Place, RowState, drop_weights, hide, pack_text, pack_weights, quad_sum, rescale, rows_start, shape_scores, softmax_tile,
-    store_rows,
+    Place, RowState, drop_weights, hide, pack_text, pack_weights, quad_sum, rescale, rows_start, shape_scores,
+    softmax_tile, store_rows,
 };
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::value_of;
@@ -72,7 +72,8 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if UNIT_POS == 0 {
             let lines = lines_at(&line_words, cfg);
             produce::<E>(
-                q, k, v, bias, &mut sq, &mut sk, &mut sv, &full, &free, lines, scratch, n, works, section, with_bias, cfg,
+                q, k, v, bias, &mut sq, &mut sk, &mut sv, &full, &free, lines, scratch, n, works, section, with_bias,
+                cfg,
             );
         }
     } else {
@@ -366,10 +367,7 @@ struct Done {
 /// Where a thread stands in a query tile.
 #[cube]
 fn place_in(tile: QueryTile) -> Place {
-    Place {
-        i: tile.i0 + UNIT_POS / 32 * 16 - comptime!(ROWS as u32) + UNIT_POS % 32 / 4,
-        column: UNIT_POS % 4 * 2,
-    }
+    Place { i: tile.i0 + UNIT_POS / 32 * 16 - comptime!(ROWS as u32) + UNIT_POS % 32 / 4, column: UNIT_POS % 4 * 2 }
 }
 
 /// The rows of a query tile before any key.

@@ -59,7 +59,6 @@ struct Held {
     step: Step,
 }
 
-
 /// Where the values of a step lie whose keys were sent.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -126,23 +125,7 @@ pub(crate) fn produce<E: Float>(
             while more {
                 if held.exists {
                     let next = select(opens, comptime!(after::NEXT_TILE), comptime!(after::SAME_TILE));
-                    send::<E>(
-                        q,
-                        k,
-                        v,
-                        sq,
-                        sk,
-                        sv,
-                        full,
-                        &gates,
-                        &mut rings,
-                        &mut behind,
-                        lines,
-                        held,
-                        next,
-                        n,
-                        cfg,
-                    );
+                    send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
                 }
                 held.exists = true;
                 held.opens = opens;
