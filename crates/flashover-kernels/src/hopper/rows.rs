@@ -413,9 +413,7 @@ pub(crate) fn store_rows<N: Size>(
         if i < n.seq_q {
             #[unroll]
             for two in 0..comptime!(dim / 16) {
-                if comptime!(whole) {
-                    store_four(line, fours[two], comptime!(32 * two));
-                } else if (comptime!(2 * two as u32) + group) * 8 < n.value_dim {
+                if comptime!(whole) || (comptime!(2 * two as u32) + group) * 8 < n.value_dim {
                     store_four(line, fours[two], comptime!(32 * two));
                 }
             }
