@@ -20,6 +20,17 @@ const SHARED: usize = 232_448;
 /// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
+/// Keys a query sees, from which on three warpgroups were measured to be faster than two (docs/measurements.md).
+const LONG: usize = 4096;
+
+/// Keys that a query sees on average, as far as the band tells.
+fn mean_keys(problem: &Problem) -> usize {
+    let Problem { seq_q, seq_kv, band, .. } = *problem;
+    let hidden = if band.causal { seq_q.min(seq_kv) / 2 } else { 0 };
+    let window = band.left as usize + band.right as usize + 1 + band.sinks as usize;
+    (seq_kv - hidden).min(window)
+}
+
 /// Shape of a forward: known when a kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HopperConfig {
@@ -71,6 +82,12 @@ impl HopperConfig {
             plain,
             listed: plan.is_some(),
         };
+        let narrow = config.head_dim.max(config.value_dim) == HEAD_DIMS[0];
+        if narrow && plain && plan.is_none() && problem.seq_q >= LONG / 2 && mean_keys(problem) >= LONG {
+            let why =
+                "walks long enough that a third warpgroup pays, which leaves registers for the scores of 112 keys";
+            return (HopperConfig { consumers: 3, bk: 112, ..config }, why);
+        }
         // A thread holds the scores and weights of `bk` keys beside its output.
         let (bk, why) = match config.value_dim.max(config.head_dim) {
             ..=128 if plain => (128, "registers hold the scores of 128 keys beside the output"),
@@ -174,6 +191,7 @@ impl core::fmt::Display for HopperConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mask::Band;
 
     #[test]
     fn every_head_dimension_fits() {
@@ -189,6 +207,19 @@ mod tests {
                     assert!(held + 60 <= config.registers().0 as usize, "{config}: {held}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn long_walks_take_three_warpgroups() {
+        let of = |seq: usize, causal: bool| {
+            let p = Problem::new([1, 2, seq, 64], [1, 2, seq, 64], [1, 2, seq, 64], Element::BF16).unwrap();
+            HopperConfig::of(&Problem { band: Band { causal, ..p.band }, ..p }).0
+        };
+        for (seq, causal, consumers) in [(4096, false, 3), (4096, true, 2), (8192, true, 3), (2048, false, 2)] {
+            let config = of(seq, causal);
+            assert_eq!(config.consumers, consumers, "{seq} {causal}");
+            assert!(config.shared_bytes() <= SHARED && config.bk.is_multiple_of(16));
         }
     }
 
