@@ -115,8 +115,9 @@ pub(crate) fn produce<E: Float>(
             let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
             seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
             if cursor.t >= walk.steps {
-                // Queries that see nothing still have a step, of keys past the end: its output is that of no key.
-                cursor.step.j0 = n.seq_kv.div_ceil(comptime!(cfg.bk as u32)) * comptime!(cfg.bk as u32);
+                // Queries that see nothing still have a step, of keys past the end: its output is that of no key. Where there
+                // are none at all, the queries stand in for keys and values (`visible_part`).
+                cursor.step.j0 = max(n.seq_q, n.seq_kv).div_ceil(comptime!(cfg.bk as u32)) * comptime!(cfg.bk as u32);
                 cursor.step.full = false;
                 cursor.step.bits = 0usize;
             }
