@@ -127,7 +127,11 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
         KernelChoice::Auto => {
-            let hopper = select_hopper(problem, limits, "a Hopper GPU, and this element type", Backward::Proven);
+            let hopper = match unproven(problem) {
+                Some(what) => Err(format!("{what}, which its forward has not been run with since it was rewritten")),
+                None => select_hopper(problem, limits, "a Hopper GPU, and this element type", Backward::Proven)
+                    .map_err(|error| error.to_string()),
+            };
             let mma = hopper.or_else(|faster| {
                 let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
                 select_mma(problem, limits, &why)
@@ -137,6 +141,20 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
                 select_portable(problem, limits, &why_kernel).map_err(nothing)
             })
         }
+    }
+}
+
+/// What a problem has that the Hopper forward was not run with on a device since it was rewritten: `Auto` waits for its run over the
+/// grid (docs/measurements.md).
+fn unproven(problem: &Problem) -> Option<&'static str> {
+    if problem.plan.is_some() {
+        Some("a block plan")
+    } else if problem.key_lengths {
+        Some("key lengths")
+    } else if !HopperConfig::of(problem).0.plain {
+        Some("an option that changes scores or hides one by one")
+    } else {
+        None
     }
 }
 
@@ -359,9 +377,14 @@ mod tests {
         let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
         let whole = Problem { plan: Some(whole), ..even };
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
-        for (planned, kernel) in [(planned, Kernel::Mma), (whole, Kernel::Hopper)] {
-            let auto = select(&planned, &h200(), KernelChoice::Auto).unwrap();
-            assert_eq!((auto.kernel, auto.hopper_backward), (kernel, None), "{}", auto.reason);
+        let capped = Problem { softcap: Some(5.0), ..planned.clone() };
+        let capped = Problem { plan: None, ..capped };
+        let lengths = Problem { key_lengths: true, ..capped.clone() };
+        let lengths = Problem { softcap: None, ..lengths };
+        for unproven in [planned, whole, capped, lengths] {
+            let auto = select(&unproven, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
+            assert!(auto.reason.contains("since it was rewritten"), "{}", auto.reason);
         }
     }
 

@@ -33,8 +33,8 @@ use super::ptx::{
     run_block, score_text, shared_address, transposed_text, wait_products, wait_text,
 };
 use super::ring::{address_at, addresses, advance, barriers, ring_start};
-use super::rows::pack_weights;
-use super::store::{Lines, same_factor, store_lines};
+use super::rows::{pack_text, pack_weights};
+use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Head, Numbers, head_of};
 use crate::family::ptx::{global_address, value_of};
 use crate::family::walk::{Walk, key_walk, query_band_step, query_walk};
@@ -53,8 +53,8 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     statistics: &[f32],
     turns: &mut [u32],
     dq: &mut [f32],
-    dk: &mut [Vector<u32, Const<4>>],
-    dv: &mut [Vector<u32, Const<4>>],
+    dk: &mut [Vector<u32, Const<2>>],
+    dv: &mut [Vector<u32, Const<2>>],
     n: Numbers,
     factor: f32,
     section: u32,
@@ -273,7 +273,8 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 if comptime!(!cfg.plain) {
                     drop_elements::<NS>(&mut s, keys, &rows, row, n, cfg);
                 }
-                let packed = pack_weights::<NS, NP>(s, cfg.element, cfg.bq);
+                let packing = comptime!(pack_text(cfg.lanes()[4], cfg.bq, cfg.element.name()));
+                let packed = pack_weights::<NS, NP>(s, comptime!(packing.clone()).as_str());
                 let do_matrix =
                     descriptor(places.d_o + stage * comptime!(2 * do_len as u32), comptime!(ds_piece as u32));
                 let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
@@ -330,10 +331,10 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         let acc_k = read_named::<NK>(comptime!(named_read_text("dk", cfg.head_dim)).as_str());
         let acc_v = read_named::<NV>(comptime!(named_read_text("dv", cfg.value_dim)).as_str());
         let first_row = head as usize * n.seq_kv as usize;
-        let lines = Lines { row: keys.j, column, first: first_row, rows: n.seq_kv, width: n.head_dim };
-        store_lines::<NK>(acc_k, same_factor(n.scale), lines, dk, false, cfg.element, cfg.head_dim);
-        let lines = Lines { row: keys.j, column, first: first_row, rows: n.seq_kv, width: n.value_dim };
-        store_lines::<NV>(acc_v, same_factor(1.0f32), lines, dv, false, cfg.element, cfg.value_dim);
+        let place = Place { row: keys.j, column, first: first_row, rows: n.seq_kv, width: n.head_dim };
+        store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false);
+        let place = Place { row: keys.j, column, first: first_row, rows: n.seq_kv, width: n.value_dim };
+        store_rows::<NV>(acc_v, same_factor(1.0f32), place, dv, false, cfg.element, cfg.value_dim, false);
     }
 }
 

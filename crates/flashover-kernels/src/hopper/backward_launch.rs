@@ -6,7 +6,7 @@ use super::backward::backward_kernel;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_rows::{finish_kernel, statistics_kernel};
 use super::checks::{check_backward, reads_in_place};
-use super::launch::{lines, tiles};
+use super::launch::{fours, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
@@ -37,7 +37,9 @@ pub fn backward(
     }
     let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
-    let contiguous = |tensor: &DeviceTensor| tensor.strides == DeviceTensor::contiguous_strides(&tensor.shape);
+    let contiguous = |tensor: &DeviceTensor| {
+        DeviceTensor::contiguous(tensor.handle.clone(), &tensor.shape, tensor.elem).strides == tensor.strides
+    };
     for (operand, tensor, fits) in [
         ("q", q, reads_in_place(q)),
         ("k", k, reads_in_place(k)),
@@ -77,8 +79,8 @@ pub fn backward(
             launcher.cubes((8 * rows).div_ceil(ROW_UNITS)),
             CubeDim::new_1d(ROW_UNITS as u32),
             address,
-            lines(o),
-            lines(&rest),
+            eights(o),
+            eights(&rest),
             BufferArg::from_raw_parts(d_o.handle.clone(), last + problem.value_dim / 8),
             lse.arg(),
             dlse.as_ref().map(DeviceTensor::arg).into(),
@@ -122,8 +124,8 @@ pub fn backward(
             statistics.buffer(),
             turns.buffer(),
             sums.buffer(),
-            lines(&dk),
-            lines(&dv),
+            fours(&dk),
+            fours(&dv),
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
             section as u32,
@@ -149,7 +151,7 @@ pub fn backward(
             address,
             BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
             scratch.buffer(),
-            lines(&dq),
+            eights(&dq),
             numbers(problem, &layout),
             units,
             cfg,
@@ -157,4 +159,10 @@ pub fn backward(
         );
     }
     Ok(Gradients { q: Some(dq), k: Some(dk), v: Some(dv), ..Gradients::default() })
+}
+
+/// A contiguous tensor whose rows are multiples of 8 elements, as lines of 16 bytes.
+fn eights(tensor: &DeviceTensor) -> BufferArg {
+    // SAFETY: a line is 8 elements, of which the tensor has a multiple.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), tensor.elements() / 8) }
 }

@@ -1,5 +1,6 @@
 //! Tiles of the Hopper kernels.
 
+use super::messages::LINE;
 use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
 use crate::problem::{Element, Problem};
@@ -13,8 +14,22 @@ pub(crate) const WARPGROUP: usize = 128;
 /// Rows of a warpgroup's products.
 pub(crate) const ROWS: usize = 64;
 
+/// Shared memory that a cube may have on sm90, in bytes.
+const SHARED: usize = 232_448;
+
 /// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+
+/// Keys a query sees, from which on three warpgroups were measured to be faster than two (docs/measurements.md).
+const LONG: usize = 4096;
+
+/// Keys that a query sees on average, as far as the band tells.
+fn mean_keys(problem: &Problem) -> usize {
+    let Problem { seq_q, seq_kv, band, .. } = *problem;
+    let hidden = if band.causal { seq_q.min(seq_kv) / 2 } else { 0 };
+    let window = band.left as usize + band.right as usize + 1 + band.sinks as usize;
+    (seq_kv - hidden).min(window)
+}
 
 /// Shape of a forward: known when a kernel is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,7 +44,7 @@ pub struct HopperConfig {
     pub head_dim: usize,
     /// Head dimension of values, likewise.
     pub value_dim: usize,
-    /// Tiles of keys, and of values, in flight.
+    /// Tiles of keys in flight.
     pub stages: usize,
     /// Whether only a positive scale changes a score, and no dense mask hides: what else there is costs registers.
     pub plain: bool,
@@ -67,6 +82,12 @@ impl HopperConfig {
             plain,
             listed: plan.is_some(),
         };
+        let narrow = config.head_dim.max(config.value_dim) == HEAD_DIMS[0];
+        if narrow && plain && plan.is_none() && problem.seq_q >= LONG / 2 && mean_keys(problem) >= LONG {
+            let why =
+                "walks long enough that a third warpgroup pays, which leaves registers for the scores of 112 keys";
+            return (HopperConfig { consumers: 3, bk: 112, ..config }, why);
+        }
         // A thread holds the scores and weights of `bk` keys beside its output.
         let (bk, why) = match config.value_dim.max(config.head_dim) {
             ..=128 if plain => (128, "registers hold the scores of 128 keys beside the output"),
@@ -112,18 +133,42 @@ impl HopperConfig {
         [self.bq() * d, self.bk * d, self.bk * dv]
     }
 
-    /// Shared memory of a cube in bytes, barriers included.
-    pub const fn shared_bytes(&self) -> usize {
-        let [q, k, v] = self.elements();
-        (q + self.stages * (k + v)) * size_of::<u16>() + (2 + 4 * self.stages) * size_of::<u64>()
+    /// Query tiles in flight: the next comes while the last is still worked on, where there is room for it.
+    pub const fn query_buffers(&self) -> usize {
+        if self.bytes_with(2, self.stages) <= SHARED { 2 } else { 1 }
     }
 
-    /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all.
+    /// Tiles of values in flight: one more than of keys, which are done with earlier, where there is room for it.
+    pub const fn value_stages(&self) -> usize {
+        if self.bytes_with(self.query_buffers(), self.stages + 1) <= SHARED { self.stages + 1 } else { self.stages }
+    }
+
+    /// Shared memory of a cube in bytes, barriers and messages included.
+    pub const fn shared_bytes(&self) -> usize {
+        self.bytes_with(self.query_buffers(), self.value_stages())
+    }
+
+    const fn bytes_with(&self, query_buffers: usize, value_stages: usize) -> usize {
+        let [q, k, v] = self.elements();
+        let tiles = (query_buffers * q + self.stages * k + value_stages * v) * size_of::<u16>();
+        let lines = LINE * size_of::<u32>() * (query_buffers + self.stages);
+        tiles + lines + 2 * (query_buffers + self.stages + value_stages) * size_of::<u64>()
+    }
+
+    /// Registers a thread of the consumers, and of the producer, once they are dealt out: 65,536 in all. The producer's
+    /// addresses take 56; a wide output takes what they can do without.
     pub(crate) const fn registers(&self) -> (u32, u32) {
-        match self.consumers {
-            2 => (240, 24),
-            _ => (160, 32),
+        match (self.consumers, self.value_dim) {
+            (2, ..=128) => (224, 56),
+            (2, _) => (240, 24),
+            _ => (152, 56),
         }
+    }
+
+    /// Whether registers hold the weights of a step in f32 beside the scores of the next: then they are packed while those are
+    /// multiplied.
+    pub(crate) const fn packs_late(&self) -> bool {
+        self.consumers == 2 && self.bk + self.value_dim / 2 <= 160
     }
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, output and packed weights.
@@ -146,9 +191,7 @@ impl core::fmt::Display for HopperConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Shared memory of a cube of an H100.
-    const SHARED: usize = 232_448;
+    use crate::mask::Band;
 
     #[test]
     fn every_head_dimension_fits() {
@@ -164,6 +207,19 @@ mod tests {
                     assert!(held + 60 <= config.registers().0 as usize, "{config}: {held}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn long_walks_take_three_warpgroups() {
+        let of = |seq: usize, causal: bool| {
+            let p = Problem::new([1, 2, seq, 64], [1, 2, seq, 64], [1, 2, seq, 64], Element::BF16).unwrap();
+            HopperConfig::of(&Problem { band: Band { causal, ..p.band }, ..p }).0
+        };
+        for (seq, causal, consumers) in [(4096, false, 3), (4096, true, 2), (8192, true, 3), (2048, false, 2)] {
+            let config = of(seq, causal);
+            assert_eq!(config.consumers, consumers, "{seq} {causal}");
+            assert!(config.shared_bytes() <= SHARED && config.bk.is_multiple_of(16));
         }
     }
 

@@ -6,7 +6,8 @@ use cubecl::prelude::*;
 
 use super::checks::{check_limits, reads_in_place};
 use super::config::{HopperConfig, PIECE};
-use super::forward::forward_kernel;
+use super::forward::{Outputs, forward_kernel};
+use super::sections::section;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::launcher::{Forward, cubes_of};
 use crate::family::walk::Side;
@@ -46,13 +47,14 @@ pub fn forward(
     launcher.note("forward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let works = cubes_of(problem, Side::Queries, cfg.shape());
     let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    let cubes = works.min(multiprocessors);
     let [ns, no, np] = cfg.lanes();
     let scale = if cfg.plain { problem.scale as f32 } else { 1.0 };
     // SAFETY: the copy engine keeps to the shapes, which `check_operands` held against the problem; rows and keys are tested.
     unsafe {
         forward_kernel::launch_unchecked(
             client,
-            CubeCount::Static(works.min(multiprocessors) as u32, 1, 1),
+            CubeCount::Static(cubes as u32, 1, 1),
             CubeDim::new_1d(cfg.units() as u32),
             address,
             tiles(q, cfg.bq()),
@@ -60,16 +62,15 @@ pub fn forward(
             tiles(v, cfg.bk),
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
-            lines(o),
+            fours(o),
             lse.as_ref().map(DeviceTensor::buffer).into(),
-            rest.as_ref().map(lines).into(),
+            rest.as_ref().map(fours).into(),
             call.numbers(),
             works as u32,
-            section(problem) as u32,
+            section(problem, cfg, cubes) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
-            with_lse,
-            with_rest,
+            Outputs { with_lse, with_rest, whole: problem.value_dim == cfg.value_dim },
             cfg,
             q.elem,
             ns,
@@ -80,20 +81,10 @@ pub fn forward(
     Ok((call.o, call.lse, rest))
 }
 
-/// Bytes of keys and values that a section of heads may take of the second-level cache.
-const SECTION_BYTES: usize = 24 << 20;
-
-/// Heads that are worked on side by side: as many as leave their keys and values in the cache.
-fn section(problem: &Problem) -> usize {
-    let Problem { batch, heads_q, seq_kv, head_dim, value_dim, element, .. } = *problem;
-    let bytes = seq_kv * (head_dim + value_dim) * element.bytes();
-    (SECTION_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group()).clamp(1, batch * heads_q)
-}
-
-/// A contiguous tensor whose rows are multiples of 16 bytes as lines of them.
-pub(super) fn lines(tensor: &DeviceTensor) -> BufferArg {
-    // SAFETY: a line is 8 elements, of which the tensor has a multiple.
-    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), tensor.elements() / 8) }
+/// A contiguous tensor whose rows are multiples of 8 elements, four elements at a time.
+pub(super) fn fours(tensor: &DeviceTensor) -> BufferArg {
+    // SAFETY: the tensor has a multiple of four elements.
+    unsafe { BufferArg::from_raw_parts(tensor.handle.clone(), tensor.elements() / 4) }
 }
 
 /// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.

@@ -15,9 +15,12 @@ mod checks;
 mod config;
 mod forward;
 mod launch;
+mod messages;
+mod produce;
 mod ptx;
 mod ring;
 mod rows;
+mod sections;
 mod store;
 
 pub use backward_config::HopperBackwardConfig;

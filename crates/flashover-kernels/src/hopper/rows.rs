@@ -9,9 +9,8 @@ use super::store::Factors;
 use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position, row_hash};
-use crate::family::ptx::{exp2, pack, value_of};
+use crate::family::ptx::{exp2, value_of};
 use crate::family::walk::Step;
-use crate::problem::Element;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 use crate::softmax::softmax_init_sink;
 
@@ -35,16 +34,27 @@ pub(crate) struct Place {
 pub(crate) struct RowState {
     pub m0: f32,
     pub m1: f32,
+    /// What exponents are taken against.
+    pub base0: f32,
+    pub base1: f32,
     pub l0: f32,
     pub l1: f32,
-    /// Factors of what was accumulated before the last tile.
+    /// Whether a maximum of the warp grew in the last tile: then what was accumulated before is multiplied by factors.
+    pub grown: bool,
     pub grow0: f32,
     pub grow1: f32,
 }
 
 /// Before any key. A learned sink enters as a score that one thread of a row counts.
 #[cube]
-pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) -> RowState {
+pub(crate) fn rows_start(
+    place: Place,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    factor: f32,
+    #[comptime] plain: bool,
+) -> RowState {
     let mut m = n.minus_infinity;
     let mut l = 0.0f32;
     if n.sinks_at != 0 {
@@ -52,10 +62,12 @@ pub(crate) fn rows_start(place: Place, at: Head, scratch: &[u32], n: Numbers) ->
         m = start.m;
         l = select(place.column == 0, start.l, 0.0f32);
     }
-    RowState { m0: m, m1: m, l0: l, l1: l, grow0: 1.0f32, grow1: 1.0f32 }
+    let base = exponent_base(m, factor, plain);
+    RowState { m0: m, m1: m, base0: base, base1: base, l0: l, l1: l, grown: false, grow0: 1.0f32, grow1: 1.0f32 }
 }
 
-/// Scores that a query does not see become −∞. Without `with_bits` only position and length hide.
+/// Scores that a query does not see become −∞. Without `with_bits` only position and length hide. What a row sees is worked
+/// out for 32 keys at a time, a bit each.
 #[cube]
 pub(crate) fn hide<N: Size>(
     s: &mut Accumulator<N>,
@@ -73,60 +85,67 @@ pub(crate) fn hide<N: Size>(
         // As `band_allows`, with the bounds of a row taken once. Rows past the end hide nothing: they are not stored.
         let from = step.j0 as i32 + place.column as i32;
         let first = max(a - n.left, 0i32) - from;
-        let last = min(a + min(n.right, n.ahead), at.keys - 1) - from;
+        let end = min(a + min(n.right, n.ahead), at.keys - 1) + 1 - from;
         let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - from;
         #[unroll]
-        for x in 0..comptime!(bk / 4) {
-            let column = comptime!((8 * (x / 2) + x % 2) as i32);
-            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
-            let seen = (column >= first && column <= last) || column < sinks;
-            s.insert(e, select(seen, s.extract(e), n.minus_infinity));
-        }
-    }
-    if with_bits {
-        if n.mask_at != 0 || step.bits != 0 {
-            hide_bits::<N>(s, place, step, at, scratch, n, bk);
+        for word in 0..comptime!(bk.div_ceil(32)) {
+            let before = comptime!(32 * word as i32);
+            let mut seen = ones(first - before, end - before) | ones(0i32, sinks - before);
+            if with_bits {
+                if n.mask_at != 0 || step.bits != 0 {
+                    seen &= seen_bits(place, step, at, scratch, n, r, word) >> place.column;
+                }
+            }
+            #[unroll]
+            for x in 0..comptime!(8.min((bk - 32 * word) / 4)) {
+                let e = comptime!(16 * word + 4 * (x / 2) + 2 * r + x % 2);
+                let own = comptime!(1u32 << (8 * (x / 2) + x % 2));
+                s.insert(e, select(seen & own != 0, s.extract(e), n.minus_infinity));
+            }
         }
     }
 }
 
-/// What a dense mask and the bits of a plan hide, a word of 32 keys at a time.
+/// Ones in bits `start .. end` of a word.
 #[cube]
-fn hide_bits<N: Size>(
-    s: &mut Accumulator<N>,
+fn ones(start: i32, end: i32) -> u32 {
+    let start = max(start, 0i32);
+    let width = value_of::<u32>(max(end - start, 0i32) as u32);
+    let start = value_of::<u32>(start as u32);
+    let out: u32;
+    gpu_asm!(
+        "bmsk.clamp.b32 {out}, {start}, {width};",
+        out = out(_) out, start = in(_) start, width = in(_) width, options(pure, nomem),
+    );
+    out
+}
+
+/// What a dense mask and the bits of a plan let a row see of the 32 keys of a word.
+#[cube]
+fn seen_bits(
     place: Place,
     step: Step,
     at: Head,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] bk: usize,
-) {
-    #[unroll]
-    for r in 0..2usize {
-        // What lies past the ends has no word; keys are hidden by then, rows are not stored.
-        let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
-        #[unroll]
-        for word in 0..comptime!(bk / 32) {
-            let j0 = step.j0 + comptime!(32 * word as u32);
-            let mut seen = 0xFFFF_FFFFu32.runtime();
-            if n.mask_at != 0 && j0 < n.seq_kv {
-                let bit = j0 * n.mask_key;
-                let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
-                // A mask that is broadcast along the keys has one bit for all.
-                seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
-            }
-            if step.bits != 0 {
-                let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
-                seen &= scratch[step.bits + at as usize];
-            }
-            #[unroll]
-            for x in 0..8usize {
-                let e = comptime!(16 * word + 4 * (x / 2) + 2 * r + x % 2);
-                let bit = place.column + comptime!((8 * (x / 2) + x % 2) as u32);
-                s.insert(e, select((seen >> bit) & 1u32 == 1u32, s.extract(e), n.minus_infinity));
-            }
-        }
+    #[comptime] r: usize,
+    #[comptime] word: usize,
+) -> u32 {
+    // What lies past the ends has no word; keys are hidden by then, rows are not stored.
+    let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
+    let j0 = step.j0 + comptime!(32 * word as u32);
+    let mut seen = 0xFFFF_FFFFu32.runtime();
+    if n.mask_at != 0 && j0 < n.seq_kv {
+        let bit = j0 * n.mask_key;
+        let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+        // A mask that is broadcast along the keys has one bit for all.
+        seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
     }
+    if step.bits != 0 {
+        let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
+        seen &= scratch[step.bits + at as usize];
+    }
+    seen
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
@@ -195,15 +214,23 @@ pub(crate) fn softmax_tile<N: Size>(
 ) {
     let top0 = row_max::<N>(*s, 0usize, bk);
     let top1 = row_max::<N>(*s, 2usize, bk);
-    let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
-    rows.m0 = new_maximum(m0, quad_max(top0), factor);
-    rows.m1 = new_maximum(m1, quad_max(top1), factor);
-    let base0 = exponent_base(rows.m0, factor, plain);
-    let base1 = exponent_base(rows.m1, factor, plain);
-    rows.grow0 = exp2(exponent(m0, factor, base0, plain));
-    rows.grow1 = exp2(exponent(m1, factor, base1, plain));
-    let mut sum0 = rows.l0 * rows.grow0;
-    let mut sum1 = rows.l1 * rows.grow1;
+    // Mostly every thread finds that the old maxima will do, and the threads of a row need not ask each other.
+    let within = keeps(rows.m0, top0, factor) && keeps(rows.m1, top1, factor);
+    rows.grown = !plane_all(within);
+    if rows.grown {
+        let (m0, m1) = (value_of::<f32>(rows.m0), value_of::<f32>(rows.m1));
+        rows.m0 = new_maximum(m0, quad_max(top0), factor);
+        rows.m1 = new_maximum(m1, quad_max(top1), factor);
+        rows.base0 = exponent_base(rows.m0, factor, plain);
+        rows.base1 = exponent_base(rows.m1, factor, plain);
+        rows.grow0 = growth(m0, rows.m0, factor, rows.base0, plain);
+        rows.grow1 = growth(m1, rows.m1, factor, rows.base1, plain);
+        rows.l0 *= rows.grow0;
+        rows.l1 *= rows.grow1;
+    }
+    let (base0, base1) = (value_of::<f32>(rows.base0), value_of::<f32>(rows.base1));
+    let mut sum0 = value_of::<f32>(rows.l0);
+    let mut sum1 = value_of::<f32>(rows.l1);
     #[unroll]
     for x in 0..comptime!(bk / 4) {
         let (e0, e1) = comptime!((4 * (x / 2) + x % 2, 4 * (x / 2) + 2 + x % 2));
@@ -234,11 +261,24 @@ fn row_max<N: Size>(s: Accumulator<N>, #[comptime] row: usize, #[comptime] bk: u
     max(max(tops[0], tops[1]), max(tops[2], tops[3]))
 }
 
-/// The maximum that weights are taken against: the old one while that keeps them below 2 to the power of [`SLACK`].
+/// Whether weights against the old maximum stay below 2 to the power of [`SLACK`]. With an old maximum of −∞ the difference
+/// is +∞, or NaN where nothing was seen yet; the test is then false.
+#[cube]
+fn keeps(old: f32, top: f32, factor: f32) -> bool {
+    (top - old) * factor <= SLACK
+}
+
+/// The maximum that weights are taken against: the old one where that will do.
 #[cube]
 fn new_maximum(old: f32, top: f32, factor: f32) -> f32 {
-    // With an old maximum of −∞ the difference is +∞, or NaN where nothing was seen yet; the test is then false.
-    select((top - old) * factor <= SLACK, old, max(old, top))
+    select(keeps(old, top, factor), old, max(old, top))
+}
+
+/// Factor of what was accumulated under the old maximum: exactly 1 where that was kept, which the exponent of a rounded
+/// product would not give.
+#[cube]
+fn growth(old: f32, new: f32, factor: f32, base: f32, #[comptime] plain: bool) -> f32 {
+    select(new == old, 1.0f32, exp2(exponent(old, factor, base, plain)))
 }
 
 /// What exponents are taken against: 0 for a row that has seen nothing, else `m`, or `m · factor` where products are all
@@ -262,8 +302,9 @@ fn quad_max(x: f32) -> f32 {
     max(y, plane_shuffle_xor(y, 2u32))
 }
 
+/// Sum over the four threads of a row.
 #[cube]
-fn quad_sum(x: f32) -> f32 {
+pub(crate) fn quad_sum(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1u32);
     y + plane_shuffle_xor(y, 2u32)
 }
@@ -303,42 +344,38 @@ fn drop_elements<N: Size>(
     }
 }
 
-/// Weights as the operand of the next product: 16 columns are four registers.
+/// Weights as the operand of the next product: 16 columns are four registers. In one block, which the compiler does not take
+/// to where they are used, past the wait for the product in flight. `text` is [`pack_text`]'s.
 #[cube]
-pub(crate) fn pack_weights<N: Size, P: Size>(
-    s: Accumulator<N>,
-    #[comptime] element: Element,
-    #[comptime] bk: usize,
-) -> Vector<u32, P> {
-    let mut p = Vector::<u32, P>::new(0u32);
-    #[unroll]
-    for x in 0..comptime!(bk / 4) {
-        p.insert(x, pack(s.extract(comptime!(2 * x)), s.extract(comptime!(2 * x + 1)), element));
-    }
+pub(crate) fn pack_weights<N: Size, P: Size>(s: Accumulator<N>, #[comptime] text: &str) -> Vector<u32, P> {
+    let s = value_of::<Accumulator<N>>(s);
+    let p: Vector<u32, P>;
+    gpu_asm!("{text}// {p} {s}\n", p = out(_) p, s = in(_) s);
     p
+}
+
+/// The block of [`pack_weights`] for `bk` columns: `lanes` registers come out.
+pub(crate) fn pack_text(lanes: usize, bk: usize, ty: &str) -> String {
+    let packed = |x: usize| format!("cvt.rn.{ty}x2.f32 %{x}, %{}, %{};\n", lanes + 2 * x + 1, lanes + 2 * x);
+    (0..bk / 4).map(packed).collect()
 }
 
 /// What was accumulated, under the new maximum. Skipped where no row of the warp has one.
 #[cube]
-pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, grow0: f32, grow1: f32, #[comptime] dim: usize) {
-    if plane_any(grow0 != 1.0f32 || grow1 != 1.0f32) {
+pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptime] dim: usize) {
+    if rows.grown {
         #[unroll]
         for e in 0..comptime!(dim / 2) {
-            let grow = if comptime!((e / 2) % 2 == 0) { grow0 } else { grow1 };
+            let grow = if comptime!((e / 2) % 2 == 0) { rows.grow0 } else { rows.grow1 };
             o.insert(e, o.extract(e) * grow);
         }
     }
-}
-
-/// Sums over all columns of the rows: `(l of the first row, l of the second)`.
-#[cube]
-pub(crate) fn rows_finish(rows: RowState) -> (f32, f32) {
-    (quad_sum(rows.l0), quad_sum(rows.l1))
 }
 
 /// What a thread's two rows of the output are divided by. A row that saw nothing is 0.
 #[cube]
 pub(crate) fn norms(l0: f32, l1: f32) -> Factors {
     let (some0, some1) = (u32::reinterpret(l0) != 0u32, u32::reinterpret(l1) != 0u32);
-    Factors { factor0: 1.0f32 / l0, factor1: 1.0f32 / l1, some0, some1 }
+    let (factor0, factor1) = (select(some0, 1.0f32 / l0, 0.0f32), select(some1, 1.0f32 / l1, 0.0f32));
+    Factors { factor0, factor1, some0, some1 }
 }

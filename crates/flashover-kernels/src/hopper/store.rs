@@ -1,16 +1,16 @@
-//! Rows of an accumulator as lines of 16 bytes.
+//! Rows of an accumulator as rows of a tensor.
 
 use cubecl::prelude::*;
 
 use super::ptx::Accumulator;
-use crate::family::ptx::{pack, unpack};
+use crate::family::ptx::{pack, unpack, value_of};
 use crate::problem::Element;
 
 /// The rows that a thread writes, and where: `row` and `row + 8` of the `rows` that follow `first` in a tensor whose rows have
 /// `width` elements, a multiple of 8; in each group of 8 columns it holds `column` and the next.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(crate) struct Lines {
+pub(crate) struct Place {
     pub row: u32,
     pub column: u32,
     pub first: usize,
@@ -34,59 +34,79 @@ pub(crate) fn same_factor(factor: f32) -> Factors {
     Factors { factor0: factor, factor1: factor, some0: true, some1: true }
 }
 
-/// Writes `acc · factor`, rounded, or what that rounding loses, if `rest`. The four threads of a row exchange what they hold
-/// until each has 8 neighbouring elements.
+/// Writes `acc · factor`, rounded, or what that rounding loses, if `rest`. `whole` says that rows have `dim` elements, not less.
+/// Neighbouring threads exchange what they hold of two groups of 8 columns, so that each writes four elements of one and
+/// the four threads of a row 32 bytes.
 #[cube]
-pub(crate) fn store_lines<N: Size>(
+pub(crate) fn store_rows<N: Size>(
     acc: Accumulator<N>,
     factors: Factors,
-    lines: Lines,
-    to: &mut [Vector<u32, Const<4>>],
+    place: Place,
+    to: &mut [Vector<u32, Const<2>>],
     #[comptime] rest: bool,
     #[comptime] element: Element,
     #[comptime] dim: usize,
+    #[comptime] whole: bool,
 ) {
-    let lane = lines.column / 2;
-    let row_vectors = (lines.width / 8) as usize;
+    let row = (place.width / 4) as usize;
+    let odd = place.column / 2 % 2 == 1;
+    let group = place.column / 2 % 2;
     #[unroll]
     for r in 0..2usize {
         let factor = if comptime!(r == 0) { factors.factor0 } else { factors.factor1 };
         let some = if comptime!(r == 0) { factors.some0 } else { factors.some1 };
-        let i = lines.row + comptime!(8 * r as u32);
+        let i = place.row + comptime!(8 * r as u32);
+        let at = (place.first + i as usize) * row + (2 * group + place.column / 4) as usize;
+        let line = unsafe { to[at..at + comptime!(dim / 4)].as_ptr_unchecked() };
+        let mut fours = Array::<Vector<u32, Const<2>>>::new(comptime!(dim / 16));
         #[unroll]
-        for quad in 0..comptime!(dim / 32) {
-            let mut own = Array::<u32>::new(4usize);
+        for two in 0..comptime!(dim / 16) {
+            let own0 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two), rest, element);
+            let own1 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two + 1), rest, element);
+            let got = plane_shuffle_xor(select(odd, own0, own1), 1u32);
+            let mut four = Vector::<u32, Const<2>>::new(0u32);
+            four.insert(0usize, select(odd, got, own0));
+            four.insert(1usize, select(odd, own1, got));
+            fours[two] = four;
+        }
+        if i < place.rows {
             #[unroll]
-            for x in 0..4usize {
-                let e = comptime!(4 * (4 * quad + x) + 2 * r);
-                let (low, high) = (acc.extract(e) * factor, acc.extract(comptime!(e + 1)) * factor);
-                let rounded = pack(low, high, element);
-                own[x] = select(some, rounded, 0u32);
-                if rest {
-                    let (rounded_low, rounded_high) = unpack(rounded, element);
-                    own[x] = select(some, pack(low - rounded_low, high - rounded_high, element), 0u32);
+            for two in 0..comptime!(dim / 16) {
+                if comptime!(whole) || (comptime!(2 * two as u32) + group) * 8 < place.width {
+                    store_four(line, fours[two], comptime!(32 * two));
                 }
-            }
-            // First between threads two apart, then between neighbours: thread t ends with group t of the four.
-            let upper = lane >= 2;
-            let odd = lane % 2 == 1;
-            let got0 = plane_shuffle_xor(select(upper, own[0], own[2]), 2u32);
-            let got1 = plane_shuffle_xor(select(upper, own[1], own[3]), 2u32);
-            let (kept0, kept1) = (select(upper, own[2], own[0]), select(upper, own[3], own[1]));
-            let (low0, high0) = (select(upper, got0, kept0), select(upper, kept0, got0));
-            let (low1, high1) = (select(upper, got1, kept1), select(upper, kept1, got1));
-            let got_low = plane_shuffle_xor(select(odd, low0, low1), 1u32);
-            let got_high = plane_shuffle_xor(select(odd, high0, high1), 1u32);
-            let (kept_low, kept_high) = (select(odd, low1, low0), select(odd, high1, high0));
-            let mut line = Vector::<u32, Const<4>>::new(0u32);
-            line.insert(0usize, select(odd, got_low, kept_low));
-            line.insert(1usize, select(odd, kept_low, got_low));
-            line.insert(2usize, select(odd, got_high, kept_high));
-            line.insert(3usize, select(odd, kept_high, got_high));
-            let group = lane + comptime!(4 * quad as u32);
-            if i < lines.rows && group * 8 < lines.width {
-                to[(lines.first + i as usize) * row_vectors + group as usize] = line;
             }
         }
     }
+}
+
+/// Writes four elements `offset` bytes behind a place, which the instruction adds.
+#[cube]
+fn store_four(line: *const Vector<u32, Const<2>>, four: Vector<u32, Const<2>>, #[comptime] offset: usize) {
+    let four = value_of::<Vector<u32, Const<2>>>(four);
+    gpu_asm!(
+        "st.global.v2.b32 [{line}+{offset}], {four};",
+        line = mem_in(_) line, four = in(_) four, options(explicit_mem),
+    );
+}
+
+/// Two neighbouring elements of a row, or what rounding takes from them.
+#[cube]
+fn rounded_pair<N: Size>(
+    acc: Accumulator<N>,
+    factor: f32,
+    some: bool,
+    #[comptime] r: usize,
+    #[comptime] group: usize,
+    #[comptime] rest: bool,
+    #[comptime] element: Element,
+) -> u32 {
+    let e = comptime!(4 * group + 2 * r);
+    let (low, high) = (acc.extract(e) * factor, acc.extract(comptime!(e + 1)) * factor);
+    let mut pair = pack(low, high, element);
+    if rest {
+        let (rounded_low, rounded_high) = unpack(pair, element);
+        pair = pack(low - rounded_low, high - rounded_high, element);
+    }
+    select(some, pair, 0u32)
 }

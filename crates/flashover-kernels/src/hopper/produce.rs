@@ -1,0 +1,302 @@
+//! The producer of a forward: one thread that walks all works of its cube, tells the consumers of each step and has the copy
+//! engine bring its tiles, as far ahead as there is room.
+
+use cubecl::prelude::barrier::Barrier;
+use cubecl::prelude::*;
+
+use super::config::{HopperConfig, PIECE};
+use super::messages::{QueryTile, after, tell_nothing, tell_step, tell_tile};
+use super::ptx::{barrier_address, barrier_arrive, barrier_wait};
+use super::ring::{Ring, address_at, addresses, advance, ring_start};
+use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::value_of;
+use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
+
+/// The barriers of each query buffer and of each stage of keys and values.
+#[derive(CubeType)]
+pub(crate) struct Barriers {
+    pub q: Sequence<Shared<Barrier>>,
+    pub k: Sequence<Shared<Barrier>>,
+    pub v: Sequence<Shared<Barrier>>,
+}
+
+/// Their addresses.
+#[derive(CubeType)]
+pub(crate) struct Gates {
+    pub q: Sequence<u32>,
+    pub k: Sequence<u32>,
+    pub v: Sequence<u32>,
+}
+
+#[cube]
+pub(crate) fn gates(barriers: &Barriers, #[comptime] cfg: HopperConfig) -> Gates {
+    Gates {
+        q: addresses(&barriers.q, cfg.query_buffers()),
+        k: addresses(&barriers.k, cfg.stages),
+        v: addresses(&barriers.v, cfg.value_stages()),
+    }
+}
+
+/// Where the lines of query tiles and of steps start in shared memory.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Lines {
+    pub tiles: u32,
+    pub steps: u32,
+}
+
+/// A step that was found and is not yet sent: what comes after it must be known first.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Held {
+    exists: bool,
+    /// Whether it is the first of its query tile.
+    opens: bool,
+    batch: u32,
+    head: u32,
+    /// Its head of keys and values.
+    kv: u32,
+    step: Step,
+}
+
+/// Where the values of a step lie whose keys were sent.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Values {
+    exist: bool,
+    batch: u32,
+    head: u32,
+    j0: u32,
+}
+
+/// The stages that are filled next.
+#[derive(CubeType)]
+struct Rings {
+    q: Ring,
+    k: Ring,
+    v: Ring,
+}
+
+/// Copies the tiles of all works of a cube, each as soon as its place is free.
+#[cube]
+pub(crate) fn produce<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    bias: ComptimeOption<&Tensor<E>>,
+    sq: &mut Shared<[E]>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    free: &Barriers,
+    lines: Lines,
+    scratch: &[u32],
+    n: Numbers,
+    works: u32,
+    section: u32,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    let shape = comptime!(cfg.shape());
+    let gates = gates(free, cfg);
+    let mut rings = Rings { q: ring_start(1u32), k: ring_start(1u32), v: ring_start(1u32) };
+    let mut behind = Values { exist: false, batch: 0u32, head: 0u32, j0: 0u32 };
+    let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, kv: 0u32, step: no_step(0u32) };
+    let group = n.heads_q / n.heads_kv;
+    let mut round = 0usize;
+    let mut work = CUBE_POS;
+    while (work as u32) < works {
+        let own = sectioned_work(work, section, scratch, n, shape);
+        if own.exists {
+            let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * comptime!(cfg.bq() as u32));
+            let kv = h / group;
+            let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
+            let walk = key_walk(i0, at, scratch, n, shape);
+            let mut cursor = Cursor { t: 0u32, step: no_step(i0) };
+            seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
+            if cursor.t >= walk.steps {
+                // Queries that see nothing still have a step, of keys past the end: its output is that of no key. Where there
+                // are none at all, the queries stand in for keys and values (`visible_part`).
+                cursor.step.j0 = max(n.seq_q, n.seq_kv).div_ceil(comptime!(cfg.bk as u32)) * comptime!(cfg.bk as u32);
+                cursor.step.full = false;
+                cursor.step.bits = 0usize;
+            }
+            let mut opens = true.runtime();
+            let mut more = true.runtime();
+            while more {
+                if held.exists {
+                    let next = select(opens, comptime!(after::NEXT_TILE), comptime!(after::SAME_TILE));
+                    send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
+                }
+                held.exists = true;
+                held.opens = opens;
+                held.batch = b;
+                held.head = h;
+                held.kv = kv;
+                held.step.i0 = i0;
+                held.step.j0 = cursor.step.j0;
+                held.step.full = cursor.step.full;
+                held.step.bits = cursor.step.bits;
+                held.step.row_words = cursor.step.row_words;
+                opens = false.runtime();
+                cursor.t += 1;
+                seek(walk, &mut cursor, i0, at, scratch, n, with_bias, cfg);
+                more = cursor.t < walk.steps;
+            }
+        }
+        round += 1;
+        work = snake(round);
+    }
+    if held.exists {
+        let next = comptime!(after::NOTHING).runtime();
+        send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
+        send_values::<E>(v, sv, full, &gates, &mut rings, behind.batch, behind.head, behind.j0, cfg);
+    } else {
+        tell_nothing(lines.tiles);
+        barrier_arrive(barrier_address(&full.q[0]), true.runtime());
+    }
+}
+
+/// Tells of a step and copies its keys, the queries of a new tile before them and the values of the step before after them:
+/// a stage of values is free only once they are multiplied, a good while after the keys.
+#[cube]
+fn send<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    sq: &mut Shared<[E]>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    gates: &Gates,
+    rings: &mut Rings,
+    behind: &mut Values,
+    lines: Lines,
+    held: Held,
+    next: u32,
+    n: Numbers,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [q_len, k_len, _] = comptime!(cfg.elements());
+    let (stages, buffers) = comptime!((cfg.stages, cfg.query_buffers()));
+    let (b, h, j0) = (value_of::<u32>(held.batch), value_of::<u32>(held.head), value_of::<u32>(held.step.j0));
+    let kv = value_of::<u32>(held.kv);
+    if held.opens {
+        let slot = value_of::<u32>(rings.q.stage);
+        barrier_wait(address_at(&gates.q, slot, buffers), rings.q.parity);
+        tell_tile(lines.tiles, slot, QueryTile { batch: b, head: h, i0: held.step.i0 });
+        copy_tile::<E>(q, sq, &full.q, slot, b, h, held.step.i0, buffers, q_len, cfg.bq());
+        advance(&mut rings.q, comptime!(buffers as u32));
+    }
+    let stage = value_of::<u32>(rings.k.stage);
+    barrier_wait(address_at(&gates.k, stage, stages), rings.k.parity);
+    tell_step(lines.steps, stage, held.step, next, n, cfg);
+    copy_tile::<E>(k, sk, &full.k, stage, b, kv, j0, stages, k_len, cfg.bk);
+    advance(&mut rings.k, comptime!(stages as u32));
+    if behind.exist {
+        send_values::<E>(v, sv, full, gates, rings, behind.batch, behind.head, behind.j0, cfg);
+    }
+    behind.exist = true;
+    behind.batch = b;
+    behind.head = kv;
+    behind.j0 = j0;
+}
+
+/// Copies the values of a step.
+#[cube]
+fn send_values<E: Float>(
+    v: &TensorMap<E, Tiled>,
+    sv: &mut Shared<[E]>,
+    full: &Barriers,
+    gates: &Gates,
+    rings: &mut Rings,
+    b: u32,
+    kv: u32,
+    j0: u32,
+    #[comptime] cfg: HopperConfig,
+) {
+    let [_, _, v_len] = comptime!(cfg.elements());
+    let stage = value_of::<u32>(rings.v.stage);
+    let stages = comptime!(cfg.value_stages());
+    barrier_wait(address_at(&gates.v, stage, stages), rings.v.parity);
+    copy_tile::<E>(v, sv, &full.v, stage, b, kv, j0, stages, v_len, cfg.bk);
+    advance(&mut rings.v, comptime!(stages as u32));
+}
+
+/// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.
+#[cube]
+fn snake(round: usize) -> usize {
+    let first = round * CUBE_COUNT;
+    let end = first + CUBE_COUNT;
+    select(round % 2 == 1, end - (CUBE_POS + 1), first + CUBE_POS)
+}
+
+/// Where the producer stands in a walk: at tile `t`, which `step` tells about.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Cursor {
+    t: u32,
+    step: Step,
+}
+
+/// Finds the first tile from `t` on that is not empty.
+#[cube]
+fn seek(
+    walk: Walk,
+    cursor: &mut Cursor,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperConfig,
+) {
+    if comptime!(cfg.listed) {
+        let mut t = cursor.t;
+        let mut empty = t < walk.steps;
+        while empty {
+            let found = key_step(walk, t, i0, at, scratch, n, with_bias, comptime!(cfg.shape()));
+            cursor.step.j0 = found.j0;
+            cursor.step.full = found.full;
+            cursor.step.bits = found.bits;
+            cursor.step.row_words = found.row_words;
+            t += select(found.empty, 1u32, 0u32);
+            empty = found.empty && t < walk.steps;
+        }
+        cursor.t = t;
+    } else {
+        // Without a plan no tile of a walk is empty.
+        let found = band_step(walk, cursor.t, i0, at, n, with_bias, comptime!(cfg.shape()));
+        cursor.step.j0 = found.j0;
+        cursor.step.full = found.full;
+    }
+}
+
+/// Copies a tile of rows from `row` on into a stage, in pieces of 64 elements; zeros past the ends.
+#[cube]
+fn copy_tile<E: Float>(
+    from: &TensorMap<E, Tiled>,
+    to: &mut Shared<[E]>,
+    full: &Sequence<Shared<Barrier>>,
+    stage: u32,
+    b: u32,
+    h: u32,
+    row: u32,
+    #[comptime] stages: usize,
+    #[comptime] len: usize,
+    #[comptime] rows: usize,
+) {
+    #[unroll]
+    for s in 0..stages {
+        if stage == comptime!(s as u32) {
+            let barrier = &full[s];
+            barrier.arrive_and_expect_tx(1u32, comptime!(2 * len as u32));
+            #[unroll]
+            for piece in 0..comptime!(len / (rows * PIECE)) {
+                let first = comptime!(s * len + piece * rows * PIECE);
+                let place = &mut to[first..comptime!(first + rows * PIECE)];
+                barrier.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
+            }
+        }
+    }
+}
