@@ -18,7 +18,7 @@ pub(crate) struct KeyRows {
 }
 
 /// Statistics of the queries of the tiles in flight, pairs of neighbours: `−lse` of a tile's queries, then `delta`, then hashes.
-type Statistics = Shared<[Vector<f32, Const<2>>]>;
+pub(crate) type Statistics = Shared<[Vector<f32, Const<2>>]>;
 
 /// Products become weights `exp(s − lse)`; `row` is where the thread's first statistic stands, `factor` takes products to
 /// logarithms of base 2.

@@ -7,6 +7,7 @@
 
 mod backward;
 mod backward_config;
+mod backward_copies;
 mod backward_launch;
 mod backward_rows;
 mod backward_scores;

@@ -1,0 +1,217 @@
+//! Which key tile a cube of the backward owns, what one unit of it copies for it, and what two others add to dq.
+
+use cubecl::prelude::barrier::Barrier;
+use cubecl::prelude::*;
+
+use super::backward_config::HopperBackwardConfig;
+use super::backward_scores::Statistics;
+use super::bulk::{
+    barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait,
+};
+use super::config::PIECE;
+use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
+use super::ring::{address_at, addresses, advance, ring_start};
+use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::global_address;
+use crate::family::walk::{Walk, key_walk, query_walk};
+
+/// Barriers of a cube. Keys and values arrive together; two of dq, for steps of either parity.
+#[derive(CubeType)]
+pub(crate) struct Barriers {
+    pub kv_full: Sequence<Shared<Barrier>>,
+    pub q_full: Sequence<Shared<Barrier>>,
+    pub do_full: Sequence<Shared<Barrier>>,
+    pub dq_full: Sequence<Shared<Barrier>>,
+    pub q_free: Sequence<Shared<Barrier>>,
+    pub do_free: Sequence<Shared<Barrier>>,
+    pub dq_free: Sequence<Shared<Barrier>>,
+}
+
+/// What a cube owns: a tile of keys, and the query heads that share them.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct KeyTile {
+    pub batch: u32,
+    pub key_head: u32,
+    /// The first query head of the group, and how many there are.
+    pub first_head: u32,
+    pub group: u32,
+    pub tile: u32,
+    pub j0: u32,
+    /// Of the first head: position and key lengths are the same for all.
+    pub at: Head,
+    /// The query tiles that see it, in each of the heads.
+    pub walk: Walk,
+    pub exists: bool,
+}
+
+/// The key tile of a ticket: in sections of `section` heads, which are worked on side by side, the last tiles of all of them
+/// first. Cubes of a head then start as far apart as they must follow each other.
+#[cube]
+pub(crate) fn key_tile<E: Float>(
+    ticket: u32,
+    section: u32,
+    scratch: &[u32],
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> KeyTile {
+    let heads = n.batch * n.heads_kv;
+    let tiles = n.seq_kv.div_ceil(comptime!(HopperBackwardConfig::BK as u32));
+    let (first, rest) = (ticket / (section * tiles) * section, ticket % (section * tiles));
+    // The grid may have more cubes than there are tiles.
+    let exists = first < heads;
+    let wide = select(exists, min(section, heads - first), 1u32);
+    let head = select(exists, first + rest % wide, 0u32);
+    let tile = select(exists, tiles - 1 - rest / wide, 0u32);
+    let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
+    let group = n.heads_q / n.heads_kv;
+    let first_head = key_head * group;
+    let j0 = tile * comptime!(HopperBackwardConfig::BK as u32);
+    let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
+    let walk = query_walk(j0, at, scratch, n, comptime!(cfg.shape()));
+    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
+}
+
+/// Where query tile `m` of a head stands among all query tiles.
+#[cube]
+fn place_of(tile: KeyTile, head: u32, m: u32, n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> u32 {
+    (tile.batch * n.heads_q + head) * n.seq_q.div_ceil(comptime!(cfg.bq as u32)) + m
+}
+
+/// Copies the keys and values, and query tile after query tile with the gradients of outputs and the statistics.
+#[cube]
+pub(crate) fn copy_tiles<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    d_o: &TensorMap<E, Tiled>,
+    statistics: &[f32],
+    sq: &mut Shared<[E]>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    sdo: &mut Shared<[E]>,
+    rows: &Statistics,
+    all: &Barriers,
+    tile: KeyTile,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let stages = comptime!(cfg.stages());
+    let [k_len, v_len, q_len, do_len] = comptime!(cfg.elements());
+    let kv_barrier = &all.kv_full[0];
+    kv_barrier.arrive_and_expect_tx(1u32, comptime!(2 * (k_len + v_len) as u32));
+    copy_pieces::<E>(k, sk, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, HopperBackwardConfig::BK);
+    copy_pieces::<E>(v, sv, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, HopperBackwardConfig::BK);
+    let q_gate = addresses(&all.q_free, stages);
+    let do_gate = addresses(&all.do_free, stages);
+    let q_ready = addresses(&all.q_full, stages);
+    let do_ready = addresses(&all.do_full, stages);
+    let rows_at = shared_address::<Vector<f32, Const<2>>>(unsafe { rows.as_slice().as_ptr_unchecked() });
+    let statistics_at = global_address::<f32>(statistics);
+    let bytes = comptime!(cfg.statistics_bytes());
+    let mut ring = ring_start(1u32);
+    for g in 0..tile.group {
+        let h = tile.first_head + g;
+        for m in tile.walk.first..tile.walk.first + tile.walk.steps {
+            let i0 = m * comptime!(cfg.bq as u32);
+            let place = place_of(tile, h, m, n, cfg);
+            barrier_wait(address_at(&q_gate, ring.stage, stages), ring.parity);
+            let barrier = address_at(&q_ready, ring.stage, stages);
+            barrier_expect(barrier, comptime!(2 * q_len + bytes));
+            bulk_load(
+                rows_at + ring.stage * comptime!(bytes as u32),
+                statistics_at + place as u64 * comptime!(bytes as u64),
+                barrier,
+                bytes,
+            );
+            #[unroll]
+            for s in 0..stages {
+                if ring.stage == comptime!(s as u32) {
+                    copy_pieces::<E>(q, sq, &all.q_full[s], s, tile.batch, h, i0, q_len, cfg.bq);
+                }
+            }
+            barrier_wait(address_at(&do_gate, ring.stage, stages), ring.parity);
+            barrier_expect(address_at(&do_ready, ring.stage, stages), comptime!(2 * do_len));
+            #[unroll]
+            for s in 0..stages {
+                if ring.stage == comptime!(s as u32) {
+                    copy_pieces::<E>(d_o, sdo, &all.do_full[s], s, tile.batch, h, i0, do_len, cfg.bq);
+                }
+            }
+            advance(&mut ring, comptime!(stages as u32));
+        }
+    }
+}
+
+/// Adds what consumers have for dq, every other step, when it is the cube's turn. `counters` and `dq` are where the turns and the sums
+/// start.
+#[cube]
+pub(crate) fn add_up(
+    sdq: &Shared<[Vector<f32, Const<4>>]>,
+    all: &Barriers,
+    counters: u64,
+    dq: u64,
+    tile: KeyTile,
+    adder: u32,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let full = address_at(&addresses(&all.dq_full, 2usize), adder, 2usize);
+    let free = barrier_address(&all.dq_free[0]);
+    let dq_at = shared_address::<Vector<f32, Const<4>>>(unsafe { sdq.as_slice().as_ptr_unchecked() });
+    let bytes = comptime!(cfg.dq_elements() * size_of::<f32>());
+    let mut parity = 0u32;
+    let mut step = adder;
+    while step < tile.group * tile.walk.steps {
+        let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
+        let place = place_of(tile, tile.first_head + g, m, n, cfg);
+        let turn = turn_of(tile.tile, m, tile.at, scratch, n, cfg);
+        let counter = counters + (place as u64 + 1u64) * 4u64;
+        let to = dq + place as u64 * comptime!(bytes as u64);
+        barrier_wait(full, parity);
+        parity ^= 1u32;
+        turn_wait(counter, turn);
+        if turn == 0 {
+            bulk_store(to, dq_at, bytes);
+        } else {
+            bulk_add(to, dq_at, bytes);
+        }
+        bulk_wait_read();
+        barrier_arrive(free, true);
+        bulk_wait();
+        turn_pass(counter);
+        step += 2;
+    }
+}
+
+/// How many cubes add to query tile `m` before key tile `tile`: those whose keys come later, and the visible sinks last.
+#[cube]
+fn turn_of(tile: u32, m: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> u32 {
+    let walk: Walk = key_walk(m * comptime!(cfg.bq as u32), at, scratch, n, comptime!(cfg.query_shape()));
+    let band_end = walk.first + walk.steps - walk.sink_tiles;
+    select(tile < walk.sink_tiles, walk.steps, band_end) - 1 - tile
+}
+
+/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements; zeros past the ends.
+#[cube]
+fn copy_pieces<E: Float>(
+    from: &TensorMap<E, Tiled>,
+    to: &mut Shared<[E]>,
+    full: &Barrier,
+    #[comptime] slot: usize,
+    b: u32,
+    h: u32,
+    row: u32,
+    #[comptime] len: usize,
+    #[comptime] rows: usize,
+) {
+    #[unroll]
+    for piece in 0..comptime!(len / (rows * PIECE)) {
+        let first = comptime!(slot * len + piece * rows * PIECE);
+        let place = &mut to[first..comptime!(first + rows * PIECE)];
+        full.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
+    }
+}
