@@ -103,9 +103,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
         if UNIT_POS == 0 && tile.walk.steps > 0 {
-            copy_tiles::<E>(
-                q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, n, cfg,
-            );
+            copy_tiles::<E>(q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, n, cfg);
         }
         // Two units take the steps in turns: one waits until what it added has arrived while the other adds.
         if UNIT_POS == 32 || UNIT_POS == 64 {
@@ -199,8 +197,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         }
         let packing = comptime!(pack_text(cfg.lanes()[4], cfg.bq, cfg.element.name()));
         let packed = pack_weights::<NS, NP>(s, comptime!(packing.clone()).as_str());
-        let do_matrix =
-            descriptor(places.d_o + stage * comptime!(2 * do_len as u32), comptime!(ds_piece as u32));
+        let do_matrix = descriptor(places.d_o + stage * comptime!(2 * do_len as u32), comptime!(ds_piece as u32));
         let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
         issue_named::<NP>(packed, do_matrix, comptime!(to_v.clone()).as_str());
         t += 1;
@@ -332,7 +329,8 @@ fn places_of<E: Float>(
             + warpgroup * comptime!(ds_piece as u32)
             + (lane / 16 * 8 + lane % 8) * 128
             + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16,
-        line: warpgroup * comptime!((cfg.dq_registers() / 4 * WARPGROUP) as u32) + UNIT_POS % comptime!(WARPGROUP as u32),
+        line: warpgroup * comptime!((cfg.dq_registers() / 4 * WARPGROUP) as u32)
+            + UNIT_POS % comptime!(WARPGROUP as u32),
         keys: KeyRows { j: j0 + warpgroup * comptime!(ROWS as u32) + warp * 16 + lane / 4, column: lane % 4 * 2 },
     }
 }

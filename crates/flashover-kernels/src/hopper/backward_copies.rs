@@ -5,9 +5,7 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::backward_scores::Statistics;
-use super::bulk::{
-    barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait,
-};
+use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
 use super::config::PIECE;
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
 use super::ring::{address_at, addresses, advance, ring_start};
