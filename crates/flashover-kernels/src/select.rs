@@ -147,7 +147,10 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
 /// What a problem has that the Hopper forward was not run with on a device since it was rewritten: `Auto` waits for its run over the
 /// grid (docs/measurements.md).
 fn unproven(problem: &Problem) -> Option<&'static str> {
-    if problem.plan.is_some() {
+    let proven = |dim| [64, 128, 192].contains(&dim);
+    if problem.head_dim != problem.value_dim || !proven(problem.head_dim) {
+        Some("such head dimensions")
+    } else if problem.plan.is_some() {
         Some("a block plan")
     } else if problem.key_lengths {
         Some("key lengths")
@@ -339,23 +342,23 @@ mod tests {
 
     #[test]
     fn hopper_takes_rows_of_whole_16_bytes() {
-        for (d, dv, kernel) in [
-            (64, 64, Kernel::Hopper),
-            (8, 256, Kernel::Hopper),
-            (72, 40, Kernel::Hopper),
-            (128, 60, Kernel::Mma),
-            (1, 64, Kernel::Mma),
+        for (d, dv, named, auto) in [
+            (64, 64, true, Kernel::Hopper),
+            (192, 192, true, Kernel::Hopper),
+            (8, 256, true, Kernel::Mma),
+            (72, 40, true, Kernel::Mma),
+            (128, 60, false, Kernel::Mma),
+            (1, 64, false, Kernel::Mma),
         ] {
             let problem = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::F16).unwrap();
-            let auto = select(&problem, &h200(), KernelChoice::Auto).unwrap();
-            assert_eq!(auto.kernel, kernel, "{d}, {dv}: {}", auto.reason);
-            assert_eq!(auto.hopper.is_some(), kernel == Kernel::Hopper);
-            assert!(auto.mma.is_some(), "some of the gradients alone are mma's");
-            assert!(auto.hopper_backward.is_none(), "{}", auto.reason);
-            if kernel == Kernel::Hopper {
-                let named = select(&problem, &h200(), KernelChoice::Hopper).unwrap();
-                assert_eq!(named.hopper_backward.is_some(), d.max(dv) <= 128, "{d}, {dv}: {}", named.reason);
-            }
+            let chosen = select(&problem, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(chosen.kernel, auto, "{d}, {dv}: {}", chosen.reason);
+            assert_eq!((chosen.hopper.is_some(), chosen.hopper_backward), (auto == Kernel::Hopper, None));
+            assert!(chosen.mma.is_some(), "some of the gradients are mma's");
+            let by_name = select(&problem, &h200(), KernelChoice::Hopper);
+            assert_eq!(by_name.is_ok(), named, "{d}, {dv}");
+            let backward = by_name.is_ok_and(|selection| selection.hopper_backward.is_some());
+            assert_eq!(backward, named && d.max(dv) <= 128, "{d}, {dv}");
         }
         let error = |problem: &Problem, limits: &DeviceLimits| {
             select(problem, limits, KernelChoice::Hopper).unwrap_err().to_string()
