@@ -27,7 +27,7 @@ use crate::family::walk::Step;
 
 /// What a forward writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Outputs {
+pub(crate) struct Written {
     pub with_lse: bool,
     /// Whether also what rounding takes from the output.
     pub with_rest: bool,
@@ -51,7 +51,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     section: u32,
     factor: f32,
     #[comptime] with_bias: bool,
-    #[comptime] outputs: Outputs,
+    #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -98,7 +98,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if group == comptime!(cfg.consumers as u32 - 1) {
             named_arrive(1u32, comptime!(2 * WARPGROUP as u32));
         }
-        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, &mut rest, n, with_bias, outputs, cfg);
+        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, &mut rest, n, with_bias, written, cfg);
     }
 }
 
@@ -155,7 +155,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] outputs: Outputs,
+    #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
     let [ns, no, np] = comptime!(cfg.lanes());
@@ -201,11 +201,11 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 rest,
                 n,
                 with_bias,
-                outputs,
+                written,
                 cfg,
             );
         }
-        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, rest, n, outputs, cfg);
+        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, rest, n, written, cfg);
         let stage = value_of::<u32>(carried.values.stage);
         barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
         if comptime!(cfg.packs_late()) {
@@ -216,7 +216,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
         let rows = carried.rows;
         let last = Done { tile: carried.tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        finish::<NO>(out, last, consumer.factor, o, lse, rest, n, outputs, cfg);
+        finish::<NO>(out, last, consumer.factor, o, lse, rest, n, written, cfg);
     }
 }
 
@@ -236,7 +236,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
     #[comptime] with_bias: bool,
-    #[comptime] outputs: Outputs,
+    #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
     let [ns, no, np] = comptime!(cfg.lanes());
@@ -261,7 +261,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     if stores {
         named_arrive(following, both);
     }
-    make_room::<NO>(out, carried, consumer, o, lse, rest, n, outputs, cfg);
+    make_room::<NO>(out, carried, consumer, o, lse, rest, n, written, cfg);
     barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
     if comptime!(cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
@@ -308,11 +308,11 @@ fn make_room<NO: Size>(
     lse: &mut ComptimeOption<&mut [f32]>,
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
-    #[comptime] outputs: Outputs,
+    #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
     if carried.before == comptime!(after::NEXT_TILE) {
-        finish::<NO>(*out, carried.done, consumer.factor, o, lse, rest, n, outputs, cfg);
+        finish::<NO>(*out, carried.done, consumer.factor, o, lse, rest, n, written, cfg);
         #[unroll]
         for e in 0..comptime!(cfg.value_dim / 2) {
             out.insert(e, 0.0f32);
@@ -403,19 +403,19 @@ fn finish<NO: Size>(
     lse: &mut ComptimeOption<&mut [f32]>,
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
-    #[comptime] outputs: Outputs,
+    #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
     let place = place_in(done.tile);
     let (l0, l1) = (quad_sum(done.l0), quad_sum(done.l1));
     let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
     let rows = store::Place { row: place.i, column: place.column, first: first_row, rows: n.seq_q, width: n.value_dim };
-    store_rows::<NO>(out, norms(l0, l1), rows, o, false, cfg.element, cfg.value_dim, outputs.whole);
-    if outputs.with_rest {
+    store_rows::<NO>(out, norms(l0, l1), rows, o, false, cfg.element, cfg.value_dim, written.whole);
+    if written.with_rest {
         let to = rest.as_mut().unwrap();
-        store_rows::<NO>(out, norms(l0, l1), rows, to, true, cfg.element, cfg.value_dim, outputs.whole);
+        store_rows::<NO>(out, norms(l0, l1), rows, to, true, cfg.element, cfg.value_dim, written.whole);
     }
-    if outputs.with_lse {
+    if written.with_lse {
         if place.column == 0 {
             let (x0, x1) = (row_lse(done.m0, l0, factor, n), row_lse(done.m1, l1, factor, n));
             if place.i < n.seq_q {

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 
 use super::checks::{check_limits, reads_in_place};
 use super::config::{HopperConfig, PIECE};
-use super::forward::{Outputs, forward_kernel};
+use super::forward::{Written, forward_kernel};
 use super::sections::section;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::launcher::{Forward, cubes_of};
@@ -70,7 +70,7 @@ pub fn forward(
             section(problem, cfg, cubes) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
-            Outputs { with_lse, with_rest, whole: problem.value_dim == cfg.value_dim },
+            Written { with_lse, with_rest, whole: problem.value_dim == cfg.value_dim },
             cfg,
             q.elem,
             ns,
