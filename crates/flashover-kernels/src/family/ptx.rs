@@ -64,3 +64,19 @@ pub(crate) fn global_address<E: CubePrimitive>(tensor: &[E]) -> u64 {
     gpu_asm!("mov.u64 {out}, {p};", p = in(_) pointer, out = out(_) out);
     out
 }
+
+/// Writes 16 bytes to shared memory.
+#[cube]
+pub(crate) fn store_shared_16(address: u32, #[comptime] offset: usize, x: Vector<u32, Const<4>>) {
+    let (address, x) = (value_of::<u32>(address), value_of::<Vector<u32, Const<4>>>(x));
+    gpu_asm!("st.shared.v4.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Reads 16 bytes from shared memory.
+#[cube]
+pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Vector<u32, Const<4>> {
+    let address = value_of::<u32>(address);
+    let out: Vector<u32, Const<4>>;
+    gpu_asm!("ld.shared.v4.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
+}

@@ -19,16 +19,13 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::backward_copies::{Barriers, KeyTile, add_up, copy_tiles, key_tile};
-use super::backward_scores::{
-    KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh, weigh_shaped,
-};
+use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh};
 use super::bulk::{fence_shared, store_transposed, ticket};
 use super::config::{PIECE, ROWS, WARPGROUP};
-use super::messages::uniform;
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_named, issue_scores,
     named_read_text, named_text, named_value_text, named_wait, read_named, registers_decrease, registers_increase,
-    run_block, score_text, shared_address, transposed_text, wait_products, wait_text,
+    run_block, score_text, shared_address, transposed_text, uniform, wait_products, wait_text,
 };
 use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::{pack_text, pack_weights};
@@ -170,18 +167,16 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let dp_flying = gradients_of_weights::<NS>(places, stage, cfg);
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
         let mut slopes = Vector::<u32, NP>::new(0u32);
-        if comptime!(cfg.plain) {
-            weigh::<NS>(&mut s, rows, row, factor, cfg);
-            if !step.full {
-                hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
-            }
-        } else {
+        if comptime!(!cfg.plain) {
             let at = head_of::<E>(tile.batch, h, scratch, bias, n, with_bias);
             slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
-            weigh_shaped::<NS>(&mut s, rows, row, cfg);
-            if !step.full {
-                hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
+        }
+        weigh::<NS>(&mut s, rows, row, factor, cfg);
+        if !step.full {
+            hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
+            if comptime!(!cfg.plain) {
                 if n.mask_at != 0 {
+                    let at = head_of::<E>(tile.batch, h, scratch, bias, n, with_bias);
                     hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
                 }
             }
@@ -206,17 +201,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
             h += 1;
         }
         let buffer = stage % 2 * comptime!(2 * cfg.score_elements() as u32);
-        #[unroll]
-        for x in 0..comptime!(cfg.bq / 16) {
-            store_transposed(
-                places.ds_write + buffer,
-                comptime!(x * 16 * 128),
-                ds.extract(comptime!(4 * x)),
-                ds.extract(comptime!(4 * x + 1)),
-                ds.extract(comptime!(4 * x + 2)),
-                ds.extract(comptime!(4 * x + 3)),
-            );
-        }
+        give_gradients::<NP>(ds, places.ds_write + buffer, cfg);
         fence_shared();
         named_wait(1u32, comptime!(2 * WARPGROUP as u32));
         let dq_flying = queries_part::<NQ>(places, buffer, cfg);
@@ -228,15 +213,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         barrier_arrive(address_at(&gates.do_free, stage, stages), leader);
         barrier_wait(gates.dq_free, dq_parity);
         dq_parity ^= 1u32;
-        #[unroll]
-        for x in 0..comptime!(cfg.dq_registers() / 4) {
-            let mut four = Vector::<f32, Const<4>>::new(0.0f32);
-            #[unroll]
-            for y in 0..4usize {
-                four.insert(y, part.extract(comptime!(4 * x + y)));
-            }
-            sdq[places.line as usize + comptime!(x * WARPGROUP)] = four;
-        }
+        give_queries::<NQ>(part, places.line, sdq, cfg);
         fence_shared();
         sync_plane();
         barrier_arrive(address_at(&gates.dq_full, stage % 2, 2usize), leader);
@@ -247,6 +224,41 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let flying = scores::<NS>(places, ring.stage, cfg);
         s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
         barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+    }
+}
+
+/// Writes ds to shared memory, a row a query.
+#[cube]
+fn give_gradients<P: Size>(ds: Vector<u32, P>, to: u32, #[comptime] cfg: HopperBackwardConfig) {
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 16) {
+        store_transposed(
+            to,
+            comptime!(x * 16 * 128),
+            ds.extract(comptime!(4 * x)),
+            ds.extract(comptime!(4 * x + 1)),
+            ds.extract(comptime!(4 * x + 2)),
+            ds.extract(comptime!(4 * x + 3)),
+        );
+    }
+}
+
+/// Writes a thread's part of dq to shared memory, four floats at a time.
+#[cube]
+fn give_queries<N: Size>(
+    part: Accumulator<N>,
+    line: u32,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    #[unroll]
+    for x in 0..comptime!(cfg.dq_registers() / 4) {
+        let mut four = Vector::<f32, Const<4>>::new(0.0f32);
+        #[unroll]
+        for y in 0..4usize {
+            four.insert(y, part.extract(comptime!(4 * x + y)));
+        }
+        sdq[line as usize + comptime!(x * WARPGROUP)] = four;
     }
 }
 

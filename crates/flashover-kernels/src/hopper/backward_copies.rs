@@ -6,9 +6,8 @@ use cubecl::prelude::*;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_scores::Statistics;
 use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
-use super::config::PIECE;
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
-use super::ring::{address_at, addresses, advance, ring_start};
+use super::ring::{address_at, addresses, advance, copy_pieces, ring_start};
 use crate::family::element::{Head, Numbers, head_of};
 use crate::family::ptx::global_address;
 use crate::family::walk::{Walk, key_walk, query_walk};
@@ -191,25 +190,4 @@ fn turn_of(tile: u32, m: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime]
     let walk: Walk = key_walk(m * comptime!(cfg.bq as u32), at, scratch, n, comptime!(cfg.query_shape()));
     let band_end = walk.first + walk.steps - walk.sink_tiles;
     select(tile < walk.sink_tiles, walk.steps, band_end) - 1 - tile
-}
-
-/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements; zeros past the ends.
-#[cube]
-fn copy_pieces<E: Float>(
-    from: &TensorMap<E, Tiled>,
-    to: &mut Shared<[E]>,
-    full: &Barrier,
-    #[comptime] slot: usize,
-    b: u32,
-    h: u32,
-    row: u32,
-    #[comptime] len: usize,
-    #[comptime] rows: usize,
-) {
-    #[unroll]
-    for piece in 0..comptime!(len / (rows * PIECE)) {
-        let first = comptime!(slot * len + piece * rows * PIECE);
-        let place = &mut to[first..comptime!(first + rows * PIECE)];
-        full.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
-    }
 }

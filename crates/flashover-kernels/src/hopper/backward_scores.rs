@@ -20,8 +20,8 @@ pub(crate) struct KeyRows {
 /// Statistics of the queries of the tiles in flight, pairs of neighbours: `−lse` of a tile's queries, then `delta`, then hashes.
 pub(crate) type Statistics = Shared<[Vector<f32, Const<2>>]>;
 
-/// Products become weights `exp(s − lse)`; `row` is where the thread's first statistic stands, `factor` takes products to
-/// logarithms of base 2.
+/// Products or scores become weights `exp(s − lse)`; `row` is where the thread's first statistic stands. Where products are all that
+/// scores are made of, `factor` takes them to logarithms of base 2, in which the statistics hold `−lse`.
 #[cube]
 pub(crate) fn weigh<N: Size>(
     s: &mut Accumulator<N>,
@@ -36,7 +36,12 @@ pub(crate) fn weigh<N: Size>(
         #[unroll]
         for y in 0..4usize {
             let e = comptime!(4 * x + y);
-            s.insert(e, exp2(fma(s.extract(e), factor, minus_lse.extract(comptime!(y % 2)))));
+            let minus = minus_lse.extract(comptime!(y % 2));
+            if comptime!(cfg.plain) {
+                s.insert(e, exp2(fma(s.extract(e), factor, minus)));
+            } else {
+                s.insert(e, exp2((s.extract(e) + minus) * comptime!(core::f32::consts::LOG2_E)));
+            }
         }
     }
 }
@@ -130,7 +135,7 @@ pub(crate) fn hide_bits<N: Size>(
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, with one branch an option. Returns the derivative of the
-/// softcap for each, packed: 1 without one.
+/// softcap for each, packed; without one it means nothing.
 #[cube]
 pub(crate) fn shape_scores<E: Float, N: Size, P: Size>(
     s: &mut Accumulator<N>,
@@ -190,26 +195,6 @@ fn element_position(keys: KeyRows, i0: u32, at: Head, n: Numbers, #[comptime] e:
         head: at.head,
         a: position(i0 + keys.column + comptime!((8 * (e / 4) + e % 2) as u32), n),
         j: (keys.j + comptime!(8 * ((e / 2) % 2) as u32)) as i32,
-    }
-}
-
-/// Scores become weights; the statistics hold `−lse` in the unit of the scores.
-#[cube]
-pub(crate) fn weigh_shaped<N: Size>(
-    s: &mut Accumulator<N>,
-    rows: &Statistics,
-    row: usize,
-    #[comptime] cfg: HopperBackwardConfig,
-) {
-    #[unroll]
-    for x in 0..comptime!(cfg.bq / 8) {
-        let minus_lse = rows[row + comptime!(4 * x)];
-        #[unroll]
-        for y in 0..4usize {
-            let e = comptime!(4 * x + y);
-            let exponent = s.extract(e) + minus_lse.extract(comptime!(y % 2));
-            s.insert(e, exp2(exponent * comptime!(core::f32::consts::LOG2_E)));
-        }
     }
 }
 

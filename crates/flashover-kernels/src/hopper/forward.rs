@@ -8,12 +8,12 @@
 use cubecl::prelude::*;
 
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
-use super::messages::{LINE, QueryTile, after, told_step, told_tile, uniform};
+use super::messages::{LINE, QueryTile, after, told_step, told_tile};
 use super::produce::{Barriers, Gates, Lines, gates, produce};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, value_text, wait_after_text,
-    wait_products, wait_products_after, wait_text,
+    named_wait, registers_decrease, registers_increase, score_text, shared_address, uniform, value_text,
+    wait_after_text, wait_products, wait_products_after, wait_text,
 };
 use super::ring::{Ring, address_at, advance, barriers, ring_start};
 use super::rows::{

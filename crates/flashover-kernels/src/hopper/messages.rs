@@ -5,8 +5,9 @@
 use cubecl::prelude::*;
 
 use super::config::HopperConfig;
+use super::ptx::uniform;
 use crate::family::element::Numbers;
-use crate::family::ptx::value_of;
+use crate::family::ptx::{load_shared_16, store_shared_16};
 use crate::family::walk::Step;
 
 /// Words of a line.
@@ -48,19 +49,19 @@ pub(crate) fn tell_tile(lines: u32, slot: u32, tile: QueryTile) {
     line.insert(0usize, tile.batch);
     line.insert(1usize, tile.head);
     line.insert(2usize, tile.i0);
-    store_line(lines + slot * comptime!(4 * LINE as u32), line);
+    store_shared_16(lines + slot * comptime!(4 * LINE as u32), 0usize, line);
 }
 
 /// Writes the line of the first query tile of a cube that has none.
 #[cube]
 pub(crate) fn tell_nothing(lines: u32) {
-    store_line(lines, Vector::<u32, Const<4>>::new(0u32));
+    store_shared_16(lines, 0usize, Vector::<u32, Const<4>>::new(0u32));
 }
 
 /// The query tile of a slot, and whether there is one.
 #[cube]
 pub(crate) fn told_tile(lines: u32, slot: u32) -> (QueryTile, bool) {
-    let line = load_line(lines + slot * comptime!(4 * LINE as u32));
+    let line = load_shared_16(lines + slot * comptime!(4 * LINE as u32), 0usize);
     let tile = QueryTile {
         batch: uniform(line.extract(0usize)),
         head: uniform(line.extract(1usize)),
@@ -81,13 +82,13 @@ pub(crate) fn tell_step(lines: u32, stage: u32, step: Step, after: u32, n: Numbe
     }
     line.insert(0usize, step.j0);
     line.insert(1usize, flags);
-    store_line(lines + stage * comptime!(4 * LINE as u32), line);
+    store_shared_16(lines + stage * comptime!(4 * LINE as u32), 0usize, line);
 }
 
 /// The step of a stage, of the query tile from `i0` on.
 #[cube]
 pub(crate) fn told_step(lines: u32, stage: u32, i0: u32, n: Numbers, #[comptime] cfg: HopperConfig) -> Told {
-    let line = load_line(lines + stage * comptime!(4 * LINE as u32));
+    let line = load_shared_16(lines + stage * comptime!(4 * LINE as u32), 0usize);
     let flags = uniform(line.extract(1usize));
     let mut bits = 0usize;
     let mut row_words = 0u32;
@@ -97,29 +98,4 @@ pub(crate) fn told_step(lines: u32, stage: u32, i0: u32, n: Numbers, #[comptime]
     }
     let full = flags & comptime!(FULL) != 0;
     Told { step: Step { i0, j0: line.extract(0usize), full, empty: false, bits, row_words }, after: flags & 3u32 }
-}
-
-/// The first lane's `x`. The compiler knows that it is the same in all lanes: branches on it do not diverge, and addresses
-/// from it stay in uniform registers.
-#[cube]
-pub(crate) fn uniform(x: u32) -> u32 {
-    let x = value_of::<u32>(x);
-    let out: u32;
-    gpu_asm!("shfl.sync.idx.b32 {out}, {x}, 0, 31, 0xffffffff;", out = out(_) out, x = in(_) x);
-    out
-}
-
-#[cube]
-fn store_line(address: u32, line: Vector<u32, Const<4>>) {
-    let address = value_of::<u32>(address);
-    let line = value_of::<Vector<u32, Const<4>>>(line);
-    gpu_asm!("st.shared.v4.b32 [{address}], {line};", address = in(_) address, line = in(_) line);
-}
-
-#[cube]
-fn load_line(address: u32) -> Vector<u32, Const<4>> {
-    let address = value_of::<u32>(address);
-    let line: Vector<u32, Const<4>>;
-    gpu_asm!("ld.shared.v4.b32 {line}, [{address}];", line = out(_) line, address = in(_) address);
-    line
 }

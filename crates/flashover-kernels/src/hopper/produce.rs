@@ -4,10 +4,10 @@
 use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
-use super::config::{HopperConfig, PIECE};
+use super::config::HopperConfig;
 use super::messages::{QueryTile, after, tell_nothing, tell_step, tell_tile};
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait};
-use super::ring::{Ring, address_at, addresses, advance, ring_start};
+use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
 use crate::family::element::{Head, Numbers, head_of};
 use crate::family::ptx::value_of;
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
@@ -291,12 +291,7 @@ fn copy_tile<E: Float>(
         if stage == comptime!(s as u32) {
             let barrier = &full[s];
             barrier.arrive_and_expect_tx(1u32, comptime!(2 * len as u32));
-            #[unroll]
-            for piece in 0..comptime!(len / (rows * PIECE)) {
-                let first = comptime!(s * len + piece * rows * PIECE);
-                let place = &mut to[first..comptime!(first + rows * PIECE)];
-                barrier.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
-            }
+            copy_pieces::<E>(from, to, barrier, s, b, h, row, len, rows);
         }
     }
 }

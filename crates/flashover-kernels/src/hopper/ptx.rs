@@ -35,6 +35,16 @@ pub(crate) fn barrier_address(barrier: &Barrier) -> u32 {
     address
 }
 
+/// The first lane's `x`. The compiler knows that it is the same in all lanes: branches on it do not diverge, and addresses
+/// from it stay in uniform registers.
+#[cube]
+pub(crate) fn uniform(x: u32) -> u32 {
+    let x = value_of::<u32>(x);
+    let out: u32;
+    gpu_asm!("shfl.sync.idx.b32 {out}, {x}, 0, 31, 0xffffffff;", out = out(_) out, x = in(_) x);
+    out
+}
+
 /// Waits for the end of the phase of that parity.
 #[cube]
 pub(crate) fn barrier_wait(barrier: u32, parity: u32) {
@@ -170,28 +180,52 @@ fn register_list(from: usize, count: usize) -> String {
 /// The block of [`issue_scores`]: 64 rows times `n` columns over `depth` elements of type `ty`. A and B lie in pieces of 64
 /// elements, `piece_a` and `piece_b` bytes apart.
 pub(crate) fn score_text(lanes: usize, n: usize, depth: usize, piece_a: usize, piece_b: usize, ty: &str) -> String {
+    shared_text(lanes, n, depth, |step| step / 4 * piece_a + step % 4 * 32, piece_b, 0, ty)
+}
+
+/// The same where A lies with its rows along the sum: 64 columns of a matrix whose rows are 128 bytes.
+pub(crate) fn transposed_text(lanes: usize, n: usize, depth: usize, piece_b: usize, ty: &str) -> String {
+    shared_text(lanes, n, depth, |step| step * 16 * 128, piece_b, 1, ty)
+}
+
+/// A product of matrices in shared memory; `offset_a` is where a step's part of A starts, in bytes.
+fn shared_text(
+    lanes: usize,
+    n: usize,
+    depth: usize,
+    offset_a: impl Fn(usize) -> usize,
+    piece_b: usize,
+    transposed_a: u32,
+    ty: &str,
+) -> String {
     let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 da, db;\nwgmma.fence.sync.aligned;\n");
     let out = register_list(0, n / 2);
     let (a, b) = (lanes, lanes + 1);
     for step in 0..depth / 16 {
-        let (piece, within) = (step / 4, step % 4);
         text += &format!("setp.ne.b32 keep, {}, 0;\n", u32::from(step > 0));
-        text += &format!("add.u64 da, %{a}, {};\n", (piece * piece_a + within * 32) / 16);
-        text += &format!("add.u64 db, %{b}, {};\n", (piece * piece_b + within * 32) / 16);
-        text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, da, db, keep, 1, 1, 0, 0;\n");
+        text += &format!("add.u64 da, %{a}, {};\n", offset_a(step) / 16);
+        text += &format!("add.u64 db, %{b}, {};\n", (step / 4 * piece_b + step % 4 * 32) / 16);
+        text += &format!(
+            "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, da, db, keep, 1, 1, {transposed_a}, 0;\n"
+        );
     }
     text + "wgmma.commit_group.sync.aligned;\n}\n"
 }
 
 /// The block of [`issue_values`]: 64 rows times `n` columns over `depth` rows of B, which are 128 bytes long.
 pub(crate) fn value_text(lanes: usize, lanes_a: usize, n: usize, depth: usize, ty: &str) -> String {
-    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\n");
-    text += &moves(lanes, n / 2);
-    text += "wgmma.fence.sync.aligned;\n";
     let out = register_list(0, n / 2);
+    register_text(&moves(lanes, n / 2), &out, 2 * lanes, lanes_a, n, depth, ty)
+}
+
+/// A product that is added to the registers `out`; A is in those from `first_a` on, behind them stands B. `before` comes first.
+fn register_text(before: &str, out: &str, first_a: usize, lanes_a: usize, n: usize, depth: usize, ty: &str) -> String {
+    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\n");
+    text += before;
+    text += "wgmma.fence.sync.aligned;\n";
     for step in 0..depth / 16 {
-        let a = register_list(2 * lanes + 4 * step, 4);
-        text += &format!("add.u64 db, %{}, {};\n", 2 * lanes + lanes_a, step * 16 * 128 / 16);
+        let a = register_list(first_a + 4 * step, 4);
+        text += &format!("add.u64 db, %{}, {};\n", first_a + lanes_a, step * 16 * 128 / 16);
         text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, {a}, db, keep, 1, 1, 1;\n");
     }
     text + "wgmma.commit_group.sync.aligned;\n}\n"
@@ -210,22 +244,6 @@ pub(crate) fn wait_after_text(lanes: usize, n: usize, pending: usize) -> String 
     text += &format!("mov.b32 low, %{x};\nmov.b32 high, %{y};\nxor.b32 both, low, high;\n");
     text += "setp.lt.s32 tired, both, 0;\n@tired nanosleep.u32 1;\n";
     text + &format!("wgmma.wait_group.sync.aligned {pending};\n{}}}\n", moves(lanes, n / 2))
-}
-
-/// The block of a product of [`issue_scores`]' operands where A lies with its rows along the sum: 64 columns of a matrix
-/// whose rows are 128 bytes, times the transpose of `n` rows of B in pieces of 64 elements, over `depth` elements.
-pub(crate) fn transposed_text(lanes: usize, n: usize, depth: usize, piece_b: usize, ty: &str) -> String {
-    let mut text = String::from("{\n.reg .pred keep;\n.reg .u64 da, db;\nwgmma.fence.sync.aligned;\n");
-    let out = register_list(0, n / 2);
-    let (a, b) = (lanes, lanes + 1);
-    for step in 0..depth / 16 {
-        let (piece, within) = (step / 4, step % 4);
-        text += &format!("setp.ne.b32 keep, {}, 0;\n", u32::from(step > 0));
-        text += &format!("add.u64 da, %{a}, {};\n", step * 16 * 128 / 16);
-        text += &format!("add.u64 db, %{b}, {};\n", (piece * piece_b + within * 32) / 16);
-        text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, da, db, keep, 1, 1, 1, 0;\n");
-    }
-    text + "wgmma.commit_group.sync.aligned;\n}\n"
 }
 
 /// A block without operands.
@@ -261,15 +279,7 @@ pub(crate) fn named_text(name: &str, n: usize) -> String {
 /// The block of [`issue_named`], as [`value_text`].
 pub(crate) fn named_value_text(name: &str, lanes_a: usize, n: usize, depth: usize, ty: &str) -> String {
     let names: Vec<String> = (0..n / 2).map(|e| format!("{name}{e}")).collect();
-    let out = format!("{{{}}}", names.join(", "));
-    let mut text =
-        String::from("{\n.reg .pred keep;\n.reg .u64 db;\nsetp.eq.b32 keep, 0, 0;\nwgmma.fence.sync.aligned;\n");
-    for step in 0..depth / 16 {
-        let a = register_list(4 * step, 4);
-        text += &format!("add.u64 db, %{lanes_a}, {};\n", step * 16 * 128 / 16);
-        text += &format!("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {out}, {a}, db, keep, 1, 1, 1;\n");
-    }
-    text + "wgmma.commit_group.sync.aligned;\n}\n"
+    register_text("", &format!("{{{}}}", names.join(", ")), 0, lanes_a, n, depth, ty)
 }
 
 /// The block of [`read_named`], with no product in flight.

@@ -1,8 +1,9 @@
-//! Rings of tiles in shared memory: which stage is next, and the barriers that say that it is full or free.
+//! Rings of tiles in shared memory: which stage is next, the barriers that say that it is full or free, and how a stage is filled.
 
 use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
+use super::config::PIECE;
 use super::ptx::barrier_address;
 
 /// Where a producer or a consumer stands in a ring.
@@ -65,4 +66,25 @@ pub(crate) fn address_at(addresses: &Sequence<u32>, stage: u32, #[comptime] stag
         address = select(stage == comptime!(s as u32), addresses[s], address);
     }
     address
+}
+
+/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements; zeros past the ends.
+#[cube]
+pub(crate) fn copy_pieces<E: Float>(
+    from: &TensorMap<E, Tiled>,
+    to: &mut Shared<[E]>,
+    full: &Barrier,
+    #[comptime] slot: usize,
+    b: u32,
+    h: u32,
+    row: u32,
+    #[comptime] len: usize,
+    #[comptime] rows: usize,
+) {
+    #[unroll]
+    for piece in 0..comptime!(len / (rows * PIECE)) {
+        let first = comptime!(slot * len + piece * rows * PIECE);
+        let place = &mut to[first..comptime!(first + rows * PIECE)];
+        full.tma_load_4d(from, place, b as i32, h as i32, row as i32, comptime!((piece * PIECE) as i32));
+    }
 }

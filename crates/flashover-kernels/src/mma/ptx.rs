@@ -135,22 +135,6 @@ pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
     gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
 }
 
-/// Writes 16 bytes to shared memory.
-#[cube]
-pub(crate) fn store_shared_16(address: u32, #[comptime] offset: usize, x: Fragment) {
-    let (address, x) = (value_of::<u32>(address), value_of::<Fragment>(x));
-    gpu_asm!("st.shared.v4.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
-}
-
-/// Reads 16 bytes from shared memory.
-#[cube]
-pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Fragment {
-    let address = value_of::<u32>(address);
-    let out: Fragment;
-    gpu_asm!("ld.shared.v4.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
-    out
-}
-
 /// Reads two floats from shared memory.
 #[cube]
 pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {

@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, MmaTile, ROWS, WARP};
-use super::ptx::{Sums, load_shared_16, store_global_16, store_shared};
+use super::ptx::{Sums, store_global_16, store_shared};
 use super::tile::{PIECE, PIECE_LEN, pitch};
-use crate::family::ptx::{global_address, pack};
+use crate::family::ptx::{global_address, load_shared_16, pack};
 use crate::problem::Element;
 
 /// Writes `acc · factor`, rounded, to rows `row ..` of a contiguous tensor whose first row of this head is `first`, and of which

@@ -5,8 +5,8 @@
 
 use cubecl::prelude::*;
 
-use super::ptx::{Fragment, copy_async, store_shared_16};
-use crate::family::ptx::{global_address, pack};
+use super::ptx::{Fragment, copy_async};
+use crate::family::ptx::{global_address, pack, store_shared_16};
 use crate::problem::Element;
 
 /// Bytes of the largest access to memory.
