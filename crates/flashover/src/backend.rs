@@ -24,6 +24,7 @@ pub struct Plan {
     pub selection: Option<Selection>,
 }
 
+#[cfg(any(feature = "cubecl-backend", feature = "fusion"))]
 impl Plan {
     /// Whether the backward asks the forward for more than the output and the log-sum-exp.
     pub(crate) fn keeps_rest(&self) -> bool {
