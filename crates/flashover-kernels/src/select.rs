@@ -2,7 +2,7 @@
 
 use crate::device::{DeviceLimits, KernelError};
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
-use crate::mma::{self, MmaConfig};
+use crate::mma::{self, FEW_KEYS, MmaConfig};
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
 
@@ -106,10 +106,6 @@ pub enum SelectError {
     },
 }
 
-/// Keys below which `Auto` leaves the matrix kernels: of their tiles of 64 keys or more nearly all would be empty, and the
-/// portable kernels do not round what a row of few keys consists of to 16 bits.
-const FEW_KEYS: usize = 16;
-
 /// Chooses a kernel and its configuration. A kernel asked for by name is that kernel or an error.
 pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) -> Result<Selection, SelectError> {
     let named = "it was asked for by name";
@@ -122,6 +118,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         }
         KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
+        // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
         KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
             let why_kernel = "few keys: a tile of a matrix product would be mostly empty";
             select_portable(problem, limits, why_kernel).map_err(nothing)
@@ -180,7 +177,11 @@ fn select_hopper(
     kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
     let rest = select_mma(problem, limits, "the backward")?;
-    let (hopper_backward, backward) = match (backward, HopperBackwardConfig::of(problem)) {
+    let form = match problem.seq_kv < FEW_KEYS {
+        true => Err("so few keys: what is left of their gradients is mostly rounding"),
+        false => HopperBackwardConfig::of(problem),
+    };
+    let (hopper_backward, backward) = match (backward, form) {
         (Backward::Fastest, Ok((tiles, why))) => (Some(tiles), format!("{tiles}: {why}")),
         (Backward::Fastest, Err(what)) => {
             (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason))

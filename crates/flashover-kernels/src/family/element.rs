@@ -167,9 +167,15 @@ pub(crate) fn row_hash(head: u32, i: u32, n: Numbers) -> u32 {
 /// `x` after dropout: 0, or grown by the factor.
 #[cube]
 pub(crate) fn after_dropout(x: f32, hash: u32, j: u32, n: Numbers) -> f32 {
+    where_kept(x * n.factor, hash, j, n)
+}
+
+/// `x`, or 0 where dropout drops it. What is kept is not grown: weights that are rounded would be so once more, and all grow alike.
+#[cube]
+pub(crate) fn where_kept(x: f32, hash: u32, j: u32, n: Numbers) -> f32 {
     let mut y = x;
     if n.threshold != 0 {
-        y = select(dropout_keeps(hash, j, n.threshold), x * n.factor, 0.0f32);
+        y = select(dropout_keeps(hash, j, n.threshold), x, 0.0f32);
     }
     y
 }

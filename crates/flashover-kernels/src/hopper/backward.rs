@@ -125,7 +125,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
         store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false);
         let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
-        store_rows::<NV>(acc_v, same_factor(1.0f32), place, dv, false, cfg.element, cfg.value_dim, false);
+        store_rows::<NV>(acc_v, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false);
     }
 }
 
@@ -183,12 +183,13 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         }
         let mut dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
         if comptime!(!cfg.plain) {
-            drop_elements::<NS>(&mut dp, keys, rows, row, n, cfg);
+            drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);
         }
         // While weights are still in f32: rounded ones would round ds twice.
         let ds = differentiate::<NS, NP>(dp, s, slopes, rows, row, n, cfg);
         if comptime!(!cfg.plain) {
-            drop_elements::<NS>(&mut s, keys, rows, row, n, cfg);
+            // By what they grow dv is multiplied.
+            drop_elements::<NS>(&mut s, keys, rows, row, n, false, cfg);
         }
         let packing = comptime!(pack_text(cfg.lanes()[4], cfg.bq, cfg.element.name()));
         let packed = pack_weights::<NS, NP>(s, comptime!(packing.clone()).as_str());

@@ -38,7 +38,8 @@ pub fn backward(
     let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
     let contiguous = |tensor: &DeviceTensor| {
-        DeviceTensor::contiguous(tensor.handle.clone(), &tensor.shape, tensor.elem).strides == tensor.strides
+        let strides = DeviceTensor::contiguous(tensor.handle.clone(), &tensor.shape, tensor.elem).strides;
+        tensor.elements() == 0 || strides == tensor.strides
     };
     for (operand, tensor, fits) in [
         ("q", q, reads_in_place(q)),

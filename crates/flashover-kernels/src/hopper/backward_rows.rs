@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::config::PIECE;
+use super::store::restored;
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
 use crate::family::ptx::{pack, unpack};
 use crate::family::walk::key_walk;
@@ -47,10 +48,9 @@ pub(crate) fn statistics_kernel(
             let (x, y, g) = (o[own + line], rest[own + line], d_o[from + line]);
             #[unroll]
             for z in 0..4usize {
-                let (x0, x1) = unpack(x.extract(z), cfg.element);
-                let (y0, y1) = unpack(y.extract(z), cfg.element);
+                let (x0, x1) = restored(x.extract(z), y.extract(z), cfg.element);
                 let (g0, g1) = unpack(g.extract(z), cfg.element);
-                sum += g0 * (x0 + y0) + g1 * (x1 + y1);
+                sum += g0 * x0 + g1 * x1;
             }
             line += 8;
         }

@@ -198,7 +198,7 @@ fn element_position(keys: KeyRows, i0: u32, at: Head, n: Numbers, #[comptime] e:
     }
 }
 
-/// Dropout of weights, or of their gradients.
+/// Dropout of weights, or of their gradients; what is kept is left as it is, or grown.
 #[cube]
 pub(crate) fn drop_elements<N: Size>(
     s: &mut Accumulator<N>,
@@ -206,6 +206,7 @@ pub(crate) fn drop_elements<N: Size>(
     rows: &Statistics,
     row: usize,
     n: Numbers,
+    #[comptime] grows: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     if n.threshold != 0 {
@@ -216,7 +217,7 @@ pub(crate) fn drop_elements<N: Size>(
             for y in 0..4usize {
                 let e = comptime!(4 * x + y);
                 let hash = u32::reinterpret(hashes.extract(comptime!(y % 2)));
-                let kept = s.extract(e) * n.factor;
+                let kept = if comptime!(grows) { s.extract(e) * n.factor } else { s.extract(e) };
                 let j = keys.j + comptime!(8 * (y / 2) as u32);
                 s.insert(e, select(dropout_keeps(hash, j, n.threshold), kept, 0.0f32));
             }

@@ -17,10 +17,10 @@ use super::ptx::{
 };
 use super::ring::{Ring, address_at, advance, barriers, ring_start};
 use super::rows::{
-    Place, RowState, drop_weights, hide, norms, pack_text, pack_weights, quad_sum, rescale, rows_start, shape_scores,
+    Place, RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
     softmax_tile,
 };
-use super::store::{self, store_rows};
+use super::store::{self, Factors, store_rows};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::value_of;
 use crate::family::walk::Step;
@@ -171,7 +171,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let flying = scores::<NS>(consumer, 0u32, 0u32, cfg);
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
         barrier_arrive(address_at(&consumer.free.k, 0u32, cfg.stages), consumer.leader);
-        let mut rows = first_rows::<E>(first, bias, scratch, n, consumer.factor, with_bias, cfg);
+        let mut rows = rows_start(n);
         weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, consumer.factor, with_bias, true, cfg);
         let mut p = packed::<NS, NP>(s, cfg);
         let mut out = Accumulator::<NO>::new(0.0f32);
@@ -205,7 +205,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 cfg,
             );
         }
-        make_room::<NO>(&mut out, &mut carried, consumer, o, lse, rest, n, written, cfg);
+        make_room::<NO>(&mut out, &mut carried, consumer, scratch, o, lse, rest, n, written, cfg);
         let stage = value_of::<u32>(carried.values.stage);
         barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
         if comptime!(cfg.packs_late()) {
@@ -216,7 +216,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         out = wait_products::<NO>(filling, comptime!(output_done.clone()).as_str());
         let rows = carried.rows;
         let last = Done { tile: carried.tile, m0: rows.m0, m1: rows.m1, l0: rows.l0, l1: rows.l1 };
-        finish::<NO>(out, last, consumer.factor, o, lse, rest, n, written, cfg);
+        finish::<NO>(out, last, consumer.factor, scratch, o, lse, rest, n, written, cfg);
     }
 }
 
@@ -261,7 +261,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     if stores {
         named_arrive(following, both);
     }
-    make_room::<NO>(out, carried, consumer, o, lse, rest, n, written, cfg);
+    make_room::<NO>(out, carried, consumer, scratch, o, lse, rest, n, written, cfg);
     barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
     if comptime!(cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
@@ -272,7 +272,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
         named_arrive(following, both);
     }
     if opens {
-        open_tile::<E>(carried, consumer, bias, scratch, n, with_bias, cfg);
+        open_tile(carried, consumer, n);
     }
     let told = told_step(consumer.lines.steps, k_stage, carried.tile.i0, n, cfg);
     // Where the step after waits: worked out now, while the products are in flight.
@@ -304,6 +304,7 @@ fn make_room<NO: Size>(
     out: &mut Accumulator<NO>,
     carried: &mut Carried,
     consumer: &Consumer,
+    scratch: &[u32],
     o: &mut [Vector<u32, Const<2>>],
     lse: &mut ComptimeOption<&mut [f32]>,
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
@@ -312,7 +313,7 @@ fn make_room<NO: Size>(
     #[comptime] cfg: HopperConfig,
 ) {
     if carried.before == comptime!(after::NEXT_TILE) {
-        finish::<NO>(*out, carried.done, consumer.factor, o, lse, rest, n, written, cfg);
+        finish::<NO>(*out, carried.done, consumer.factor, scratch, o, lse, rest, n, written, cfg);
         #[unroll]
         for e in 0..comptime!(cfg.value_dim / 2) {
             out.insert(e, 0.0f32);
@@ -324,15 +325,7 @@ fn make_room<NO: Size>(
 
 /// Goes on to the query tile that is told of beside its queries.
 #[cube]
-fn open_tile<E: Float>(
-    carried: &mut Carried,
-    consumer: &Consumer,
-    bias: ComptimeOption<&Tensor<E>>,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] with_bias: bool,
-    #[comptime] cfg: HopperConfig,
-) {
+fn open_tile(carried: &mut Carried, consumer: &Consumer, n: Numbers) {
     carried.done.tile.batch = value_of::<u32>(carried.tile.batch);
     carried.done.tile.head = value_of::<u32>(carried.tile.head);
     carried.done.tile.i0 = value_of::<u32>(carried.tile.i0);
@@ -344,7 +337,7 @@ fn open_tile<E: Float>(
     carried.tile.batch = opened.batch;
     carried.tile.head = opened.head;
     carried.tile.i0 = opened.i0;
-    let fresh = first_rows::<E>(opened, bias, scratch, n, consumer.factor, with_bias, cfg);
+    let fresh = rows_start(n);
     carried.rows.m0 = fresh.m0;
     carried.rows.m1 = fresh.m1;
     carried.rows.base0 = fresh.base0;
@@ -378,27 +371,13 @@ fn place_in(tile: QueryTile) -> Place {
     Place { i: tile.i0 + UNIT_POS / 32 * 16 - comptime!(ROWS as u32) + UNIT_POS % 32 / 4, column: UNIT_POS % 4 * 2 }
 }
 
-/// The rows of a query tile before any key.
-#[cube]
-fn first_rows<E: Float>(
-    tile: QueryTile,
-    bias: ComptimeOption<&Tensor<E>>,
-    scratch: &[u32],
-    n: Numbers,
-    factor: f32,
-    #[comptime] with_bias: bool,
-    #[comptime] cfg: HopperConfig,
-) -> RowState {
-    let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
-    rows_start(place_in(tile), at, scratch, n, factor, cfg.plain)
-}
-
 /// Stores the output and the log-sum-exp of a query tile.
 #[cube]
 fn finish<NO: Size>(
     out: Accumulator<NO>,
     done: Done,
     factor: f32,
+    scratch: &[u32],
     o: &mut [Vector<u32, Const<2>>],
     lse: &mut ComptimeOption<&mut [f32]>,
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
@@ -407,17 +386,19 @@ fn finish<NO: Size>(
     #[comptime] cfg: HopperConfig,
 ) {
     let place = place_in(done.tile);
-    let (l0, l1) = (quad_sum(done.l0), quad_sum(done.l1));
+    let end0 = row_end(done.m0, done.l0, done.tile.head, scratch, n, factor, cfg.plain);
+    let end1 = row_end(done.m1, done.l1, done.tile.head, scratch, n, factor, cfg.plain);
+    let factors = Factors { factor0: end0.norm, factor1: end1.norm, some0: end0.some, some1: end1.some };
     let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
     let rows = store::Place { row: place.i, column: place.column, first: first_row, rows: n.seq_q, width: n.value_dim };
-    store_rows::<NO>(out, norms(l0, l1), rows, o, false, cfg.element, cfg.value_dim, written.whole);
+    store_rows::<NO>(out, factors, rows, o, false, cfg.element, cfg.value_dim, written.whole);
     if written.with_rest {
         let to = rest.as_mut().unwrap();
-        store_rows::<NO>(out, norms(l0, l1), rows, to, true, cfg.element, cfg.value_dim, written.whole);
+        store_rows::<NO>(out, factors, rows, to, true, cfg.element, cfg.value_dim, written.whole);
     }
     if written.with_lse {
         if place.column == 0 {
-            let (x0, x1) = (row_lse(done.m0, l0, factor, n), row_lse(done.m1, l1, factor, n));
+            let (x0, x1) = (row_lse(end0, factor, n), row_lse(end1, factor, n));
             if place.i < n.seq_q {
                 lse.as_mut().unwrap()[first_row + place.i as usize] = x0;
             }
@@ -481,7 +462,7 @@ fn weigh<E: Float, N: Size>(
 
 /// The log-sum-exp of a row, natural logarithm.
 #[cube]
-fn row_lse(m: f32, l: f32, factor: f32, n: Numbers) -> f32 {
+fn row_lse(end: RowEnd, factor: f32, n: Numbers) -> f32 {
     let unit = factor * comptime!(core::f32::consts::LN_2);
-    select(u32::reinterpret(l) == 0u32, n.minus_infinity, m * unit + l.ln())
+    select(u32::reinterpret(end.l) == 0u32, n.minus_infinity, end.m * unit + end.l.ln())
 }

@@ -5,14 +5,12 @@
 use cubecl::prelude::*;
 
 use super::ptx::Accumulator;
-use super::store::Factors;
 use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position, row_hash};
 use crate::family::ptx::{exp2, value_of};
 use crate::family::walk::Step;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
-use crate::softmax::softmax_init_sink;
 
 /// Growth of the maximum, in powers of 2, up to which what was accumulated is not rescaled (FlashAttention-4's conditional
 /// rescaling): weights then reach 2⁸, which every 16-bit type holds without loss of precision.
@@ -45,25 +43,21 @@ pub(crate) struct RowState {
     pub grow1: f32,
 }
 
-/// Before any key. A learned sink enters as a score that one thread of a row counts.
+/// Before any key.
 #[cube]
-pub(crate) fn rows_start(
-    place: Place,
-    at: Head,
-    scratch: &[u32],
-    n: Numbers,
-    factor: f32,
-    #[comptime] plain: bool,
-) -> RowState {
-    let mut m = n.minus_infinity;
-    let mut l = 0.0f32;
-    if n.sinks_at != 0 {
-        let start = softmax_init_sink(f32::reinterpret(scratch[n.sinks_at + at.head as usize]));
-        m = start.m;
-        l = select(place.column == 0, start.l, 0.0f32);
+pub(crate) fn rows_start(n: Numbers) -> RowState {
+    let m = n.minus_infinity;
+    RowState {
+        m0: m,
+        m1: m,
+        base0: 0.0f32,
+        base1: 0.0f32,
+        l0: 0.0f32,
+        l1: 0.0f32,
+        grown: false,
+        grow0: 1.0f32,
+        grow1: 1.0f32,
     }
-    let base = exponent_base(m, factor, plain);
-    RowState { m0: m, m1: m, base0: base, base1: base, l0: l, l1: l, grown: false, grow0: 1.0f32, grow1: 1.0f32 }
 }
 
 /// Scores that a query does not see become −∞. Without `with_bits` only position and length hide. What a row sees is worked
@@ -304,12 +298,13 @@ fn quad_max(x: f32) -> f32 {
 
 /// Sum over the four threads of a row.
 #[cube]
-pub(crate) fn quad_sum(x: f32) -> f32 {
+fn quad_sum(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1u32);
     y + plane_shuffle_xor(y, 2u32)
 }
 
-/// Dropout of the weights, which the sums do not feel.
+/// Dropout of the weights, which the sums do not feel. What is kept is not grown here: weights would be rounded once more, and
+/// all grow alike.
 #[cube]
 pub(crate) fn drop_weights<N: Size>(
     s: &mut Accumulator<N>,
@@ -339,8 +334,7 @@ fn drop_elements<N: Size>(
     for e in 0..comptime!(bk / 2) {
         let hash = if comptime!((e / 2) % 2 == 0) { hash0 } else { hash1 };
         let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
-        let kept = s.extract(e) * n.factor;
-        s.insert(e, select(dropout_keeps(hash, j, n.threshold), kept, 0.0f32));
+        s.insert(e, select(dropout_keeps(hash, j, n.threshold), s.extract(e), 0.0f32));
     }
 }
 
@@ -372,10 +366,43 @@ pub(crate) fn rescale<N: Size>(o: &mut Accumulator<N>, rows: RowState, #[comptim
     }
 }
 
-/// What a thread's two rows of the output are divided by. A row that saw nothing is 0.
+/// A row that all keys are known of: `m` and `l` as in [`RowState`], of the whole row, and what the output is multiplied by.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct RowEnd {
+    pub m: f32,
+    pub l: f32,
+    pub norm: f32,
+    /// Whether the row saw any key; else its output is 0.
+    pub some: bool,
+}
+
+/// The end of a row, with what a thread has of its sum. A learned sink is one more score, that has no value. It comes last:
+/// weights against a sink above all scores would be rounded.
 #[cube]
-pub(crate) fn norms(l0: f32, l1: f32) -> Factors {
-    let (some0, some1) = (u32::reinterpret(l0) != 0u32, u32::reinterpret(l1) != 0u32);
-    let (factor0, factor1) = (select(some0, 1.0f32 / l0, 0.0f32), select(some1, 1.0f32 / l1, 0.0f32));
-    Factors { factor0, factor1, some0, some1 }
+pub(crate) fn row_end(
+    m: f32,
+    l: f32,
+    head: u32,
+    scratch: &[u32],
+    n: Numbers,
+    factor: f32,
+    #[comptime] plain: bool,
+) -> RowEnd {
+    let keys = quad_sum(l);
+    let mut end = RowEnd { m, l: keys, norm: 1.0f32 / keys, some: u32::reinterpret(keys) != 0u32 };
+    if comptime!(!plain) {
+        if n.sinks_at != 0 {
+            let sink = f32::reinterpret(scratch[n.sinks_at + head as usize]);
+            let higher = max(m, sink);
+            let base = exponent_base(higher, factor, plain);
+            let shrink = exp2(exponent(m, factor, base, plain));
+            end.m = higher;
+            end.l = keys * shrink + exp2(exponent(sink, factor, base, plain));
+            end.norm = shrink / end.l;
+        }
+        // By which dropout grows what it keeps.
+        end.norm *= n.factor;
+    }
+    end
 }

@@ -15,7 +15,7 @@ use super::scores::{hide, query_and_key};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Numbers, after_dropout, head_of, row_hash};
+use crate::family::element::{Numbers, head_of, row_hash, where_kept};
 use crate::family::ptx::{exp2, global_address};
 use crate::family::walk::{Side, query_walk, work_of};
 
@@ -174,7 +174,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                                 n,
                                 with_bias,
                             );
-                            p.insert(z, after_dropout(weight, hash, j, n));
+                            p.insert(z, where_kept(weight, hash, j, n));
                             ds.insert(z, gradient);
                         } else {
                             let weight = exp2(fma(s[x].extract(z), unit, minus));
@@ -187,10 +187,10 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 }
             }
             if with_dv {
-                accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, tile, c.element); // dv += pᵀ · do
+                accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, c); // dv += pᵀ · do
             }
             if with_dk {
-                accumulate(&mut acc_k, &dp, q_rows_place + stage, c.head_dim, tile, c.element); // dk += dsᵀ · q
+                accumulate(&mut acc_k, &dp, q_rows_place + stage, c.head_dim, c); // dk += dsᵀ · q
             }
             stage = other;
         }
@@ -204,7 +204,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     if with_dv {
         #[unroll]
         for x in 0..comptime!(2 * blocks) {
-            factor[x] = 1.0f32;
+            factor[x] = n.factor; // by which dropout grows what it keeps
         }
         store_rows::<E>(
             &acc_v,

@@ -189,7 +189,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
                     }
                 }
             } else if comptime!(with_dq) {
-                accumulate(&mut acc, &dp, k_rows_place + stage, c.head_dim, tile, c.element); // dq += ds · k
+                accumulate(&mut acc, &dp, k_rows_place + stage, c.head_dim, c); // dq += ds · k
             }
             stage = other;
         }

@@ -18,6 +18,11 @@ pub(crate) const WARP: usize = 32;
 /// Tiles that are held at a time: one is worked on while the next arrives.
 pub(crate) const STAGES: usize = 2;
 
+/// Keys below which a backward multiplies weights and gradients of scores twice, rounded and what rounding took from them: with
+/// so few, gradients largely consist of that. A forward does not: its weights are exact where it matters, and values may be
+/// infinite, of which even a rest of 0 would make NaN.
+pub(crate) const FEW_KEYS: usize = 16;
+
 /// Head dimension, padded, beyond which the sums of a row take twice the registers.
 const WIDE: usize = 128;
 
@@ -164,6 +169,8 @@ pub(crate) struct Compiled {
     pub do_pieces: bool,
     /// Whether a score is more than a product by a positive scale, or its probability is dropped.
     pub options: bool,
+    /// Whether this is a backward with fewer keys than [`FEW_KEYS`].
+    pub few_keys: bool,
 }
 
 impl Compiled {
@@ -184,6 +191,7 @@ impl Compiled {
                 || problem.bias.is_some()
                 || dropout.is_some()
                 || scale as f32 <= f32::MIN_POSITIVE,
+            few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS,
         }
     }
 }

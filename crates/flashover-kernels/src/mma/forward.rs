@@ -17,7 +17,7 @@ use super::scores::{all_scores, hide, place, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Numbers, after_dropout, head_of, is_minus_infinity, row_hash};
+use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash, where_kept};
 use crate::family::ptx::exp2;
 use crate::family::walk::{Side, key_walk, work_of};
 
@@ -146,7 +146,7 @@ pub(crate) fn forward_kernel<E: Float>(
                 weights(&mut s, &m, &mut l, &hash, unit, column, x, n, part);
             }
             let down = comptime!((number * tile.part * pitch(c.value_dim)) as u32);
-            accumulate(&mut acc, &s, v_place + stage + down, c.value_dim, part.tile, c.element); // o += p · v
+            accumulate(&mut acc, &s, v_place + stage + down, c.value_dim, part); // o += p · v
         }
         stage = other;
     }
@@ -177,6 +177,9 @@ pub(crate) fn forward_kernel<E: Float>(
         // A row that saw nothing has a sum of 0.
         let seen = u32::reinterpret(sum) != 0u32;
         norm[x] = select(seen, shrink / sum, 0.0f32);
+        if comptime!(c.options) {
+            norm[x] *= n.factor; // by which dropout grows what it keeps
+        }
         let i = row + comptime!(8 * x as u32);
         if with_lse {
             if quarter == 0 && i < n.seq_q {
@@ -280,7 +283,7 @@ fn weights(
             let p = exp2((y.extract(z) - base) * unit);
             l[r] += p;
             let j = j + comptime!(place(x, z, col_blocks).1 as u32);
-            y.insert(z, after_dropout(p, hash[r], j, n));
+            y.insert(z, where_kept(p, hash[r], j, n));
         } else {
             let p = exp2(fma(y.extract(z), unit, -(base * unit)));
             l[r] += p;

@@ -23,6 +23,7 @@ mod store;
 mod tile;
 
 pub use checks::check_limits;
+pub(crate) use config::FEW_KEYS;
 pub use config::{MmaConfig, MmaTile};
 pub use launch::{backward, forward};
 pub(crate) use launch::{backward_scratch_bytes, keys_fused};

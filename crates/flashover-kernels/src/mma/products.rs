@@ -2,10 +2,10 @@
 
 use cubecl::prelude::*;
 
-use super::config::{COLS, MmaTile, ROWS};
+use super::config::{COLS, Compiled, MmaTile, ROWS};
 use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma};
 use super::tile::{DEPTH, PIECE, pitch};
-use crate::family::ptx::pack;
+use crate::family::ptx::{pack, unpack};
 use crate::problem::Element;
 
 /// `s = a · bᵀ` over `dim` elements: this warp's rows of `a` at [`row_place`](super::tile::row_place), the columns of the tile at
@@ -44,30 +44,38 @@ pub(crate) fn product(
     }
 }
 
-/// `acc += weights · b`: the columns of `weights`, rounded, are the rows of `b`, at [`row_place`](super::tile::row_place).
+/// `acc += weights · b`: the columns of `weights`, rounded, are the rows of `b`, at [`row_place`](super::tile::row_place). With
+/// few keys, what rounding takes is multiplied too.
 #[cube]
 pub(crate) fn accumulate(
     acc: &mut Array<Sums>,
     weights: &Array<Sums>,
     b: u32,
     #[comptime] dim: usize,
-    #[comptime] tile: MmaTile,
-    #[comptime] element: Element,
+    #[comptime] c: Compiled,
 ) {
-    let (blocks, col_blocks, value_blocks) = comptime!((tile.blocks, tile.cols / COLS, dim / COLS));
+    let (blocks, col_blocks, value_blocks) = comptime!((c.tile.blocks, c.tile.cols / COLS, dim / COLS));
     #[unroll]
-    for depth in 0..comptime!(tile.cols / DEPTH) {
+    for depth in 0..comptime!(c.tile.cols / DEPTH) {
         let mut rows = Array::<Fragment>::new(blocks);
+        let mut rests = Array::<Fragment>::new(blocks);
         #[unroll]
         for block in 0..blocks {
-            let left = weights[comptime!(block * col_blocks + 2 * depth)];
-            let right = weights[comptime!(block * col_blocks + 2 * depth + 1)];
             let mut packed = Fragment::new(0u32);
-            packed.insert(0usize, pack(left.extract(0usize), left.extract(1usize), element));
-            packed.insert(1usize, pack(left.extract(2usize), left.extract(3usize), element));
-            packed.insert(2usize, pack(right.extract(0usize), right.extract(1usize), element));
-            packed.insert(3usize, pack(right.extract(2usize), right.extract(3usize), element));
+            let mut rest = Fragment::new(0u32);
+            #[unroll]
+            for y in 0..4usize {
+                let sums = weights[comptime!(block * col_blocks + 2 * depth + y / 2)];
+                let (low, high) = (sums.extract(comptime!(y % 2 * 2)), sums.extract(comptime!(y % 2 * 2 + 1)));
+                let pair = pack(low, high, c.element);
+                packed.insert(y, pair);
+                if comptime!(c.few_keys) {
+                    let (rounded_low, rounded_high) = unpack(pair, c.element);
+                    rest.insert(y, pack(low - rounded_low, high - rounded_high, c.element));
+                }
+            }
             rows[block] = packed;
+            rests[block] = rest;
         }
         #[unroll]
         for pair in 0..comptime!(value_blocks / 2) {
@@ -75,8 +83,13 @@ pub(crate) fn accumulate(
             #[unroll]
             for block in 0..blocks {
                 let x = comptime!(block * value_blocks + 2 * pair);
-                acc[x] = mma(rows[block], values.extract(0usize), values.extract(1usize), acc[x], element);
-                acc[x + 1] = mma(rows[block], values.extract(2usize), values.extract(3usize), acc[x + 1], element);
+                acc[x] = mma(rows[block], values.extract(0usize), values.extract(1usize), acc[x], c.element);
+                acc[x + 1] = mma(rows[block], values.extract(2usize), values.extract(3usize), acc[x + 1], c.element);
+                if comptime!(c.few_keys) {
+                    acc[x] = mma(rests[block], values.extract(0usize), values.extract(1usize), acc[x], c.element);
+                    acc[x + 1] =
+                        mma(rests[block], values.extract(2usize), values.extract(3usize), acc[x + 1], c.element);
+                }
             }
         }
     }

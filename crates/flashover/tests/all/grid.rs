@@ -1,7 +1,8 @@
 //! The grid of cases against the f64 oracle, on every backend of the build.
 //!
 //! All pairs of the grid's factors run always. The whole grid runs with `FLASHOVER_GRID=full`, or a part of it with
-//! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type).
+//! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type), `FLASHOVER_CASES=TEXT` leaving those whose names
+//! contain it: at least one.
 //!
 //! With `FLASHOVER_KERNEL=portable`, `mma` or `hopper` the grid runs on the GPU alone and by that kernel, which must refuse what
 //! it cannot run and nothing else.
@@ -133,7 +134,12 @@ pub fn part(variable: &str) -> Option<(usize, usize)> {
 /// The part of the whole grid that was asked for.
 fn asked(element: Element) -> Option<Vec<Case>> {
     let (part, parts) = part("FLASHOVER_GRID")?;
-    Some(full_cases(element).into_iter().skip(part).step_by(parts).collect())
+    let mut cases: Vec<Case> = full_cases(element).into_iter().skip(part).step_by(parts).collect();
+    if let Ok(text) = std::env::var("FLASHOVER_CASES") {
+        cases.retain(|case| case.name().contains(&text));
+        assert!(!cases.is_empty(), "FLASHOVER_CASES: no name of a case contains {text:?}");
+    }
+    Some(cases)
 }
 
 /// The kernel that was asked for by name.
