@@ -113,9 +113,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         |why: KernelError| SelectError::Nothing { device: limits.name.clone(), kernel: Kernel::Portable, why };
     let refused = |kernel: Kernel| move |why: KernelError| SelectError::Named { kernel, why };
     match choice {
-        KernelChoice::Hopper => {
-            select_hopper(problem, limits, named, Backward::Fastest).map_err(refused(Kernel::Hopper))
-        }
+        KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
         KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
@@ -124,9 +122,10 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
         KernelChoice::Auto => {
-            let hopper = match unproven(problem) {
-                Some(what) => Err(format!("{what}, which its forward has not been run with since it was rewritten")),
-                None => select_hopper(problem, limits, "a Hopper GPU, and this element type", Backward::Proven)
+            let hopper = match problem.plan {
+                // docs/measurements.md
+                Some(_) => Err("a block plan, which its forward has not been run with since it was rewritten".into()),
+                None => select_hopper(problem, limits, "a Hopper GPU, and this element type")
                     .map_err(|error| error.to_string()),
             };
             let mma = hopper.or_else(|faster| {
@@ -141,38 +140,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     }
 }
 
-/// What a problem has that the Hopper forward was not run with on a device since it was rewritten: `Auto` waits for its run over the
-/// grid (docs/measurements.md).
-fn unproven(problem: &Problem) -> Option<&'static str> {
-    let proven = |dim| [64, 128, 192].contains(&dim);
-    if problem.head_dim != problem.value_dim || !proven(problem.head_dim) {
-        Some("such head dimensions")
-    } else if problem.plan.is_some() {
-        Some("a block plan")
-    } else if problem.key_lengths {
-        Some("key lengths")
-    } else if !HopperConfig::of(problem).0.plain {
-        Some("an option that changes scores or hides one by one")
-    } else {
-        None
-    }
-}
-
-/// Which backward goes with a Hopper forward.
-#[derive(Clone, Copy)]
-enum Backward {
-    /// Hopper's own where it has a form for the problem.
-    Fastest,
-    /// That of the matrix kernels: Hopper's as it stands has not been run over the grid (docs/measurements.md).
-    Proven,
-}
-
-fn select_hopper(
-    problem: &Problem,
-    limits: &DeviceLimits,
-    why_kernel: &str,
-    backward: Backward,
-) -> Result<Selection, KernelError> {
+fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
     kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
@@ -181,12 +149,9 @@ fn select_hopper(
         true => Err("so few keys: what is left of their gradients is mostly rounding"),
         false => HopperBackwardConfig::of(problem),
     };
-    let (hopper_backward, backward) = match (backward, form) {
-        (Backward::Fastest, Ok((tiles, why))) => (Some(tiles), format!("{tiles}: {why}")),
-        (Backward::Fastest, Err(what)) => {
-            (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason))
-        }
-        (Backward::Proven, _) => (None, format!("{}, until {kernel}'s has passed the grid", rest.reason)),
+    let (hopper_backward, backward) = match form {
+        Ok((tiles, why)) => (Some(tiles), format!("{tiles}: {why}")),
+        Err(what) => (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason)),
     };
     let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {backward}");
     Ok(Selection { kernel, hopper: Some(tiles), hopper_backward, reason, ..rest })
@@ -346,20 +311,21 @@ mod tests {
         for (d, dv, named, auto) in [
             (64, 64, true, Kernel::Hopper),
             (192, 192, true, Kernel::Hopper),
-            (8, 256, true, Kernel::Mma),
-            (72, 40, true, Kernel::Mma),
+            (8, 256, true, Kernel::Hopper),
+            (72, 40, true, Kernel::Hopper),
             (128, 60, false, Kernel::Mma),
             (1, 64, false, Kernel::Mma),
         ] {
             let problem = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::F16).unwrap();
             let chosen = select(&problem, &h200(), KernelChoice::Auto).unwrap();
             assert_eq!(chosen.kernel, auto, "{d}, {dv}: {}", chosen.reason);
-            assert_eq!((chosen.hopper.is_some(), chosen.hopper_backward), (auto == Kernel::Hopper, None));
             assert!(chosen.mma.is_some(), "some of the gradients are mma's");
             let by_name = select(&problem, &h200(), KernelChoice::Hopper);
             assert_eq!(by_name.is_ok(), named, "{d}, {dv}");
-            let backward = by_name.is_ok_and(|selection| selection.hopper_backward.is_some());
-            assert_eq!(backward, named && d.max(dv) <= 128, "{d}, {dv}");
+            for selection in [Ok(chosen), by_name].into_iter().flatten() {
+                let hopper = (selection.hopper.is_some(), selection.hopper_backward.is_some());
+                assert_eq!(hopper, (named, named && d.max(dv) <= 128), "{d}, {dv}");
+            }
         }
         let error = |problem: &Problem, limits: &DeviceLimits| {
             select(problem, limits, KernelChoice::Hopper).unwrap_err().to_string()
@@ -381,11 +347,10 @@ mod tests {
         let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
         let whole = Problem { plan: Some(whole), ..even };
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
-        let capped = Problem { softcap: Some(5.0), ..planned.clone() };
-        let capped = Problem { plan: None, ..capped };
-        let lengths = Problem { key_lengths: true, ..capped.clone() };
-        let lengths = Problem { softcap: None, ..lengths };
-        for unproven in [planned, whole, capped, lengths] {
+        let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
+        let few = select(&few, &h200(), KernelChoice::Hopper).unwrap();
+        assert!(few.hopper_backward.is_none() && few.reason.contains("so few keys"), "{}", few.reason);
+        for unproven in [planned, whole] {
             let auto = select(&unproven, &h200(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
             assert!(auto.reason.contains("since it was rewritten"), "{}", auto.reason);
