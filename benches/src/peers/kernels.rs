@@ -140,7 +140,7 @@ impl Kernels {
                 portable::backward(&self.client, problem, operands, outputs, None, wanted, selection.config)
             }
             Kernel::Mma | Kernel::Hopper => match selection.hopper_backward.zip(rest.clone()) {
-                Some((tiles, rest)) => hopper::backward(&self.client, problem, operands, outputs, rest, tiles),
+                Some((tiles, rest)) => hopper::backward(&self.client, problem, operands, outputs, None, rest, tiles),
                 None => {
                     let tiles = selection.mma.expect("selected with its tiles");
                     mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)

@@ -75,7 +75,7 @@ impl AttentionBackend for CubeBackend {
             Kernel::Mma | Kernel::Hopper => {
                 let of = match in_one_pass {
                     Some((tiles, rest)) => {
-                        hopper::backward(&place.client, problem, &operands, &outputs, on_device(rest), tiles)
+                        hopper::backward(&place.client, problem, &operands, &outputs, blocks, on_device(rest), tiles)
                     }
                     None => {
                         let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));

@@ -9,6 +9,7 @@
 pub(crate) mod checks;
 pub(crate) mod element;
 pub(crate) mod launcher;
+pub(crate) mod listed;
 pub(crate) mod ptx;
 pub(crate) mod score_function;
 pub(crate) mod scratch;

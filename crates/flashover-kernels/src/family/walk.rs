@@ -122,13 +122,13 @@ pub(crate) struct Walk {
     pub sink_tiles: u32,
     pub first: u32,
     /// With a plan: where its Full and its Partial blocks are listed.
-    full: u32,
-    partial: u32,
+    pub(super) full: u32,
+    pub(super) partial: u32,
     /// Tiles of the kernel in one of the plan.
-    per: u32,
+    pub(super) per: u32,
     /// Where the cube's own rows start in a bitmap, in words or rows of words, and words of a row.
-    own: u32,
-    row_words: u32,
+    pub(super) own: u32,
+    pub(super) row_words: u32,
 }
 
 /// One tile of a walk: queries from `i0` on and keys from `j0` on.
@@ -148,7 +148,7 @@ pub(crate) struct Step {
 
 /// A walk of no steps.
 #[cube]
-fn no_walk() -> Walk {
+pub(crate) fn no_walk() -> Walk {
     Walk {
         steps: 0u32,
         sink_tiles: 0u32,
@@ -170,32 +170,44 @@ pub(crate) fn no_step(i0: u32) -> Step {
 /// The key tiles that queries `i0 .. i0 + bq` can see. Every other tile is empty.
 #[cube]
 pub(crate) fn key_walk(i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> Walk {
-    let bk = comptime!(tile.cols as i32);
     let mut walk = no_walk();
     if n.plan_at != 0 {
-        let bq = scratch[n.plan_at + header::BQ];
-        let row = plane_of(at, scratch, n) * scratch[n.plan_at + header::QUERY_TILES] + i0 / bq;
-        walk.per = scratch[n.plan_at + header::BK] / comptime!(tile.cols as u32);
-        walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
-        walk.own = i0 % bq * walk.row_words;
-        read_starts(&mut walk, header::ROW_STARTS, row, scratch, n);
+        list_keys(&mut walk, i0, at, scratch, n, tile);
     } else {
-        let a0 = position(i0, n);
-        let a1 = position(min(i0 + comptime!(tile.rows as u32), n.seq_q) - 1, n);
-        let sink_keys = max(min(min(n.sinks, a1 + n.ahead + 1), at.keys), 0i32);
-        let sink_tiles = (sink_keys + bk - 1) / bk;
-        let first_key = max(a0 - n.left, 0i32);
-        let last_key = min(a1 + min(n.right, n.ahead), at.keys - 1);
-        let first = max(first_key / bk, sink_tiles);
-        let mut tiles = 0i32;
-        if first_key <= last_key {
-            tiles = max(last_key / bk + 1 - first, 0i32);
-        }
-        walk.sink_tiles = sink_tiles as u32;
-        walk.first = first as u32;
-        walk.steps = (sink_tiles + tiles) as u32;
+        reach_keys(&mut walk, i0, at, n, tile);
     }
     walk
+}
+
+/// The key tiles that the plan lists for queries from `i0` on.
+#[cube]
+pub(super) fn list_keys(walk: &mut Walk, i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) {
+    let bq = scratch[n.plan_at + header::BQ];
+    let row = plane_of(at, scratch, n) * scratch[n.plan_at + header::QUERY_TILES] + i0 / bq;
+    walk.per = scratch[n.plan_at + header::BK] / comptime!(tile.cols as u32);
+    walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
+    walk.own = i0 % bq * walk.row_words;
+    read_starts(walk, header::ROW_STARTS, row, scratch, n);
+}
+
+/// The key tiles that position and key lengths let queries from `i0` on see.
+#[cube]
+pub(super) fn reach_keys(walk: &mut Walk, i0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
+    let bk = comptime!(tile.cols as i32);
+    let a0 = position(i0, n);
+    let a1 = position(min(i0 + comptime!(tile.rows as u32), n.seq_q) - 1, n);
+    let sink_keys = max(min(min(n.sinks, a1 + n.ahead + 1), at.keys), 0i32);
+    let sink_tiles = (sink_keys + bk - 1) / bk;
+    let first_key = max(a0 - n.left, 0i32);
+    let last_key = min(a1 + min(n.right, n.ahead), at.keys - 1);
+    let first = max(first_key / bk, sink_tiles);
+    let mut tiles = 0i32;
+    if first_key <= last_key {
+        tiles = max(last_key / bk + 1 - first, 0i32);
+    }
+    walk.sink_tiles = sink_tiles as u32;
+    walk.first = first as u32;
+    walk.steps = (sink_tiles + tiles) as u32;
 }
 
 /// Tile `t` of [`key_walk`].
@@ -244,29 +256,48 @@ pub(crate) fn band_step(
 pub(crate) fn query_walk(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> Walk {
     let mut walk = no_walk();
     if n.plan_at != 0 {
-        let bk = scratch[n.plan_at + header::BK];
-        let column = plane_of(at, scratch, n) * scratch[n.plan_at + header::KEY_TILES] + j0 / bk;
-        walk.per = scratch[n.plan_at + header::BQ] / comptime!(tile.cols as u32);
-        walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
-        walk.own = j0 % bk / 32u32;
-        read_starts(&mut walk, header::COLUMN_STARTS, column, scratch, n);
+        list_queries(&mut walk, j0, at, scratch, n, tile);
     } else {
-        let bq = comptime!(tile.cols as i32);
-        let first_row = j0 as i32;
-        let last_row = min(first_row + comptime!(tile.rows as i32), at.keys) - 1;
-        let shift = position(0u32, n);
-        // A sink is seen by everything behind it, whatever the window.
-        let sink = first_row < n.sinks;
-        let reach = select(sink, n.ahead, min(n.right, n.ahead));
-        let first_query = max(first_row - reach - shift, 0i32);
-        let all = n.seq_q as i32 - 1;
-        let last_query = select(sink, all, min(last_row + n.left - shift, all));
-        if first_row < at.keys && first_query <= last_query {
-            walk.first = (first_query / bq) as u32;
-            walk.steps = (last_query / bq + 1) as u32 - walk.first;
-        }
+        reach_queries(&mut walk, j0, at, n, tile);
     }
     walk
+}
+
+/// The query tiles that the plan lists for keys from `j0` on.
+#[cube]
+pub(super) fn list_queries(
+    walk: &mut Walk,
+    j0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] tile: TileShape,
+) {
+    let bk = scratch[n.plan_at + header::BK];
+    let column = plane_of(at, scratch, n) * scratch[n.plan_at + header::KEY_TILES] + j0 / bk;
+    walk.per = scratch[n.plan_at + header::BQ] / comptime!(tile.cols as u32);
+    walk.row_words = scratch[n.plan_at + header::ROW_WORDS];
+    walk.own = j0 % bk / 32u32;
+    read_starts(walk, header::COLUMN_STARTS, column, scratch, n);
+}
+
+/// The query tiles that position and key lengths let see keys from `j0` on.
+#[cube]
+pub(crate) fn reach_queries(walk: &mut Walk, j0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
+    let bq = comptime!(tile.cols as i32);
+    let first_row = j0 as i32;
+    let last_row = min(first_row + comptime!(tile.rows as i32), at.keys) - 1;
+    let shift = position(0u32, n);
+    // A sink is seen by everything behind it, whatever the window.
+    let sink = first_row < n.sinks;
+    let reach = select(sink, n.ahead, min(n.right, n.ahead));
+    let first_query = max(first_row - reach - shift, 0i32);
+    let all = n.seq_q as i32 - 1;
+    let last_query = select(sink, all, min(last_row + n.left - shift, all));
+    if first_row < at.keys && first_query <= last_query {
+        walk.first = (first_query / bq) as u32;
+        walk.steps = (last_query / bq + 1) as u32 - walk.first;
+    }
 }
 
 /// Tile `t` of [`query_walk`] where there is no plan.
@@ -347,7 +378,7 @@ pub(crate) fn single_step(
 
 /// Number of entries of an ascending list that are below `wanted`; its entries are `stride` words apart.
 #[cube]
-fn place_of(wanted: u32, list: u32, count: u32, stride: u32, scratch: &[u32], n: Numbers) -> u32 {
+pub(super) fn place_of(wanted: u32, list: u32, count: u32, stride: u32, scratch: &[u32], n: Numbers) -> u32 {
     let (mut low, mut high) = (0u32.runtime(), count);
     while low < high {
         let mid = (low + high) / 2u32;
@@ -397,7 +428,7 @@ fn step(
 
 /// Whether each of `bq` queries from `i0` on sees each of `bk` keys from `j0` on, so that no element need be tested.
 #[cube]
-fn tile_is_full(
+pub(super) fn tile_is_full(
     i0: u32,
     #[comptime] bq: usize,
     j0: u32,

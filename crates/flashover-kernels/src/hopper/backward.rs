@@ -18,8 +18,11 @@
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, KeyTile, add_up, copy_tiles, key_tile};
-use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh};
+use super::backward_copies::{Barriers, KeyTile, add_up, copy_tiles, key_tile, listed_steps};
+use super::backward_messages::{LINE, LINES, told_step};
+use super::backward_scores::{
+    KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, weigh,
+};
 use super::bulk::{fence_shared, store_transposed, ticket};
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
@@ -32,7 +35,7 @@ use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::{global_address, value_of};
-use crate::family::walk::query_band_step;
+use crate::family::walk::{Step, query_band_step};
 
 /// Warps of the warpgroups that compute, each of which arrives at a barrier once.
 const WARPS: u32 = 8;
@@ -76,7 +79,12 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         Shared::new_aligned_slice(comptime!(cfg.dq_elements() / 4), 1024usize);
     let rows: Shared<[Vector<f32, Const<2>>]> =
         Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.statistics() * cfg.bq / 2), 1024usize);
-    let mut own = Shared::<[u32]>::new_slice(1usize);
+    let mut own = if comptime!(cfg.listed) {
+        Shared::<[u32]>::new_aligned_slice(comptime!(cfg.words()), 16usize)
+    } else {
+        Shared::<[u32]>::new_slice(1usize)
+    };
+    let dealt = comptime!(cfg.words() - 1);
     let all = Barriers {
         kv_full: barriers(1usize, 1u32),
         q_full: barriers(stages, 1u32),
@@ -89,32 +97,44 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     fence_barriers();
     let counters = global_address::<u32>(&*turns);
     if UNIT_POS == 0 {
-        own[0] = ticket(counters);
+        own[dealt] = ticket(counters);
+        if comptime!(cfg.listed) {
+            let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
+            own[comptime!(LINES * LINE)] = listed_steps::<E>(tile, scratch, n, cfg);
+        }
     }
     sync_cube();
-    let tile = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, cfg);
+    let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
     if !tile.exists {
         terminate!();
     }
+    let lines = lines_at(&own, cfg);
     let (registers, spare) = comptime!(cfg.registers());
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
-        if UNIT_POS == 0 && tile.walk.steps > 0 {
-            copy_tiles::<E>(q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, n, cfg);
+        let some = has_steps(&own, tile, cfg);
+        if UNIT_POS == 0 && some {
+            copy_tiles::<E>(
+                q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, lines, scratch, n,
+                with_bias, cfg,
+            );
         }
         // Two units take the steps in turns: one waits until what it added has arrived while the other adds.
         if UNIT_POS == 32 || UNIT_POS == 64 {
-            add_up(&sdq, &all, counters, global_address::<f32>(&*dq), tile, UNIT_POS / 64, scratch, n, cfg);
+            let sums = global_address::<f32>(&*dq);
+            let steps = steps_of(&own, tile, cfg);
+            add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
         }
     } else {
         registers_increase(registers);
         run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
         run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
         let places = places_of::<E>(&sk, &sv, &sq, &sdo, &sds, tile.j0, cfg);
-        if tile.walk.steps > 0 {
+        if has_steps(&own, tile, cfg) {
             let gates = gates(&all, cfg);
+            let steps = steps_of(&own, tile, cfg);
             differentiate_tiles::<E, NS, NQ, NP>(
-                places, &gates, &rows, &mut sdq, tile, bias, scratch, n, factor, with_bias, cfg,
+                places, &gates, &rows, &mut sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, cfg,
             );
         }
         let (dk_text, dv_text) = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
@@ -129,6 +149,28 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     }
 }
 
+/// How many steps the cube takes.
+#[cube]
+fn steps_of(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> u32 {
+    if comptime!(cfg.listed) { uniform(own[comptime!(LINES * LINE)]) } else { tile.group * tile.walk.steps }
+}
+
+/// Whether any query sees a key of the cube.
+#[cube]
+fn has_steps(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> bool {
+    if comptime!(cfg.listed) { steps_of(own, tile, cfg) > 0 } else { tile.walk.steps > 0 }
+}
+
+/// Where the lines of steps start in shared memory, if there are any.
+#[cube]
+fn lines_at(own: &Shared<[u32]>, #[comptime] cfg: HopperBackwardConfig) -> u32 {
+    if comptime!(cfg.listed) {
+        shared_address::<u32>(unsafe { own.as_slice().as_ptr_unchecked() })
+    } else {
+        0u32.runtime()
+    }
+}
+
 /// The gradients of a key tile, step by step: dk and dv in named registers, dq a tile at a time into shared memory.
 #[cube]
 fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
@@ -137,6 +179,8 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     rows: &Statistics,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
     tile: KeyTile,
+    steps: u32,
+    lines: u32,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     n: Numbers,
@@ -155,11 +199,11 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
     let flying = scores::<NS>(places, ring.stage, cfg);
     let mut s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
-    let mut left = tile.group * tile.walk.steps;
+    let mut left = steps;
     let mut t = 0u32;
     let mut h = tile.first_head;
     while left > 0 {
-        let step = query_band_step(tile.walk, t, tile.j0, tile.at, n, with_bias, comptime!(cfg.shape()));
+        let (step, head) = step_at(tile, t, h, lines, scratch, n, with_bias, cfg);
         let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
         advance(&mut ring, comptime!(stages as u32));
         left -= 1;
@@ -168,7 +212,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
         let mut slopes = Vector::<u32, NP>::new(0u32);
         if comptime!(!cfg.plain) {
-            let at = head_of::<E>(tile.batch, h, scratch, bias, n, with_bias);
+            let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
             slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
         }
         weigh::<NS>(&mut s, rows, row, factor, cfg);
@@ -176,8 +220,13 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
             hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
             if comptime!(!cfg.plain) {
                 if n.mask_at != 0 {
-                    let at = head_of::<E>(tile.batch, h, scratch, bias, n, with_bias);
+                    let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
                     hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
+                }
+            }
+            if comptime!(cfg.listed) {
+                if step.bits != 0 {
+                    hide_unlisted::<NS>(&mut s, keys, step, scratch, cfg);
                 }
             }
         }
@@ -197,9 +246,11 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
         issue_named::<NP>(packed, do_matrix, comptime!(to_v.clone()).as_str());
         t += 1;
-        if t == tile.walk.steps {
-            t = 0u32;
-            h += 1;
+        if comptime!(!cfg.listed) {
+            if t == tile.walk.steps {
+                t = 0u32;
+                h += 1;
+            }
         }
         let buffer = stage % 2 * comptime!(2 * cfg.score_elements() as u32);
         give_gradients::<NP>(ds, places.ds_write + buffer, cfg);
@@ -225,6 +276,25 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let flying = scores::<NS>(places, ring.stage, cfg);
         s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
         barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+    }
+}
+
+/// Step `t` and its query head: of head `h` counted in it, or under a plan of all as the copying unit tells.
+#[cube]
+fn step_at(
+    tile: KeyTile,
+    t: u32,
+    h: u32,
+    lines: u32,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> (Step, u32) {
+    if comptime!(cfg.listed) {
+        told_step(lines, t, tile.j0, scratch, n)
+    } else {
+        (query_band_step(tile.walk, t, tile.j0, tile.at, n, with_bias, comptime!(cfg.shape())), h)
     }
 }
 

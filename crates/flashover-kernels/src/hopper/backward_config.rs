@@ -1,6 +1,8 @@
 //! Tiles of the Hopper backward.
 
+use super::backward_messages::{LINE, LINES};
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
+use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
 use crate::problem::{Element, Problem};
 
@@ -26,6 +28,8 @@ pub struct HopperBackwardConfig {
     pub value_dim: usize,
     /// Whether only a scale changes a score, and no dense mask hides: what else there is costs registers.
     pub plain: bool,
+    /// Whether a block plan lists the tiles.
+    pub listed: bool,
 }
 
 impl HopperBackwardConfig {
@@ -34,10 +38,7 @@ impl HopperBackwardConfig {
 
     /// Tiles for a problem, and why; or what the kernel has no form for.
     pub fn of(problem: &Problem) -> Result<(Self, &'static str), &'static str> {
-        let Problem { head_dim, value_dim, element, softcap, alibi, bias, mask, dropout, .. } = *problem;
-        if problem.plan.is_some() {
-            return Err("a block plan");
-        }
+        let Problem { head_dim, value_dim, element, softcap, alibi, bias, mask, dropout, plan, .. } = *problem;
         let plain = !(softcap.is_some() || alibi || bias.is_some() || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim);
         let (Some(head_dim), Some(value_dim)) = (padded(head_dim), padded(value_dim)) else {
@@ -47,7 +48,20 @@ impl HopperBackwardConfig {
             ..=128 if plain => (128, "registers hold the scores of 128 queries beside dk and dv"),
             _ => (64, "registers hold the scores of 64 queries beside dk and dv"),
         };
-        Ok((HopperBackwardConfig { element, bq, head_dim, value_dim, plain }, why))
+        let config = HopperBackwardConfig { element, bq, head_dim, value_dim, plain, listed: plan.is_some() };
+        match plan {
+            Some(plan) if !config.divides(plan.tile) => Err(match bq {
+                64 => "a block plan whose tiles are no multiples of 64 queries and 128 keys",
+                _ => "a block plan whose tiles are no multiples of 128 queries and 128 keys",
+            }),
+            _ => Ok((config, why)),
+        }
+    }
+
+    /// Whether a tile of a plan consists of whole tiles.
+    pub const fn divides(&self, plan: TileSize) -> bool {
+        let (bq, bk) = (plan.bq as usize, plan.bk as usize);
+        bq.is_multiple_of(self.bq) && bk.is_multiple_of(Self::BK)
     }
 
     /// As a tile of a cube that owns keys.
@@ -105,17 +119,23 @@ impl HopperBackwardConfig {
         self.statistics() * self.bq * size_of::<f32>()
     }
 
+    /// Words of shared memory beside tiles and barriers: the ticket, under a plan after the lines of steps and the number of
+    /// steps.
+    pub(crate) const fn words(&self) -> usize {
+        if self.listed { LINES * LINE + 2 } else { 1 }
+    }
+
     /// Shared memory of a cube in bytes, barriers included.
     pub const fn shared_bytes(&self) -> usize {
         let [k, v, q, d_o] = self.elements();
         let elements = k + v + STAGES * (q + d_o) + 2 * self.score_elements();
         let floats = self.dq_elements() * size_of::<f32>() + STAGES * self.statistics_bytes();
-        elements * size_of::<u16>() + floats + (4 + 4 * STAGES) * size_of::<u64>() + size_of::<u32>()
+        elements * size_of::<u16>() + floats + (4 + 4 * STAGES) * size_of::<u64>() + self.words() * size_of::<u32>()
     }
 
-    /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all.
+    /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all. Who walks a plan's lists needs more.
     pub(crate) const fn registers(&self) -> (u32, u32) {
-        (240, 24)
+        if self.listed { (224, 56) } else { (240, 24) }
     }
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, dk, dv, part of dq and packed weights.

@@ -4,13 +4,15 @@ use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
+use super::backward_messages::{Due, tell_step, told_due};
 use super::backward_scores::Statistics;
 use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
-use super::ring::{address_at, addresses, advance, copy_pieces, ring_start};
+use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
 use crate::family::element::{Head, Numbers, head_of};
+use crate::family::listed::{column, column_steps, keys_after, next_step};
 use crate::family::ptx::global_address;
-use crate::family::walk::{Walk, key_walk, query_walk};
+use crate::family::walk::{Walk, key_walk, no_walk, query_walk, reach_queries};
 
 /// Barriers of a cube. Keys and values arrive together; two of dq, for steps of either parity.
 #[derive(CubeType)]
@@ -37,7 +39,7 @@ pub(crate) struct KeyTile {
     pub j0: u32,
     /// Of the first head: position and key lengths are the same for all.
     pub at: Head,
-    /// The query tiles that see it, in each of the heads.
+    /// The query tiles that see it, in each of the heads; under a plan those that position and key lengths leave.
     pub walk: Walk,
     pub exists: bool,
 }
@@ -67,8 +69,43 @@ pub(crate) fn key_tile<E: Float>(
     let first_head = key_head * group;
     let j0 = tile * comptime!(HopperBackwardConfig::BK as u32);
     let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
-    let walk = query_walk(j0, at, scratch, n, comptime!(cfg.shape()));
+    let walk = seen_from(j0, at, scratch, n, cfg);
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
+}
+
+#[cube]
+fn seen_from(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> Walk {
+    if comptime!(cfg.listed) {
+        let mut reach = no_walk();
+        reach_queries(&mut reach, j0, at, n, comptime!(cfg.shape()));
+        reach
+    } else {
+        query_walk(j0, at, scratch, n, comptime!(cfg.shape()))
+    }
+}
+
+/// How many steps a key tile takes under a plan, in all heads of the group.
+#[cube]
+pub(crate) fn listed_steps<E: Float>(
+    tile: KeyTile,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> u32 {
+    let mut steps = 0u32;
+    if tile.walk.steps > 0 {
+        for g in 0..tile.group {
+            let at = listed_head::<E>(tile, tile.first_head + g, scratch, n);
+            steps += column_steps(tile.j0, tile.walk, at, scratch, n, comptime!(cfg.shape()));
+        }
+    }
+    steps
+}
+
+/// A head of the group as a plan asks for it.
+#[cube]
+fn listed_head<E: Float>(tile: KeyTile, head: u32, scratch: &[u32], n: Numbers) -> Head {
+    head_of::<E>(tile.batch, head, scratch, ComptimeOption::new_None(), n, false)
 }
 
 /// Where query tile `m` of a head stands among all query tiles.
@@ -77,7 +114,20 @@ fn place_of(tile: KeyTile, head: u32, m: u32, n: Numbers, #[comptime] cfg: Hoppe
     (tile.batch * n.heads_q + head) * n.seq_q.div_ceil(comptime!(cfg.bq as u32)) + m
 }
 
-/// Copies the keys and values, and query tile after query tile with the gradients of outputs and the statistics.
+/// What the unit that copies knows from the start.
+#[derive(CubeType)]
+struct Copies {
+    q_free: Sequence<u32>,
+    do_free: Sequence<u32>,
+    q_full: Sequence<u32>,
+    do_full: Sequence<u32>,
+    /// Where statistics start, in shared and in global memory.
+    rows: u32,
+    statistics: u64,
+}
+
+/// Copies the keys and values, and query tile after query tile with the gradients of outputs and the statistics. Under a plan
+/// it tells of each step at `lines`.
 #[cube]
 pub(crate) fn copy_tiles<E: Float>(
     q: &TensorMap<E, Tiled>,
@@ -92,58 +142,107 @@ pub(crate) fn copy_tiles<E: Float>(
     rows: &Statistics,
     all: &Barriers,
     tile: KeyTile,
+    lines: u32,
+    scratch: &[u32],
     n: Numbers,
+    #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     let stages = comptime!(cfg.stages());
-    let [k_len, v_len, q_len, do_len] = comptime!(cfg.elements());
+    let [k_len, v_len, _, _] = comptime!(cfg.elements());
     let kv_barrier = &all.kv_full[0];
     kv_barrier.arrive_and_expect_tx(1u32, comptime!(2 * (k_len + v_len) as u32));
     copy_pieces::<E>(k, sk, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, HopperBackwardConfig::BK);
     copy_pieces::<E>(v, sv, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, HopperBackwardConfig::BK);
-    let q_gate = addresses(&all.q_free, stages);
-    let do_gate = addresses(&all.do_free, stages);
-    let q_ready = addresses(&all.q_full, stages);
-    let do_ready = addresses(&all.do_full, stages);
-    let rows_at = shared_address::<Vector<f32, Const<2>>>(unsafe { rows.as_slice().as_ptr_unchecked() });
-    let statistics_at = global_address::<f32>(statistics);
-    let bytes = comptime!(cfg.statistics_bytes());
+    let copies = Copies {
+        q_free: addresses(&all.q_free, stages),
+        do_free: addresses(&all.do_free, stages),
+        q_full: addresses(&all.q_full, stages),
+        do_full: addresses(&all.do_full, stages),
+        rows: shared_address::<Vector<f32, Const<2>>>(unsafe { rows.as_slice().as_ptr_unchecked() }),
+        statistics: global_address::<f32>(statistics),
+    };
     let mut ring = ring_start(1u32);
-    for g in 0..tile.group {
-        let h = tile.first_head + g;
-        for m in tile.walk.first..tile.walk.first + tile.walk.steps {
-            let i0 = m * comptime!(cfg.bq as u32);
-            let place = place_of(tile, h, m, n, cfg);
-            barrier_wait(address_at(&q_gate, ring.stage, stages), ring.parity);
-            let barrier = address_at(&q_ready, ring.stage, stages);
-            barrier_expect(barrier, comptime!(2 * q_len + bytes));
-            bulk_load(
-                rows_at + ring.stage * comptime!(bytes as u32),
-                statistics_at + place as u64 * comptime!(bytes as u64),
-                barrier,
-                bytes,
-            );
-            #[unroll]
-            for s in 0..stages {
-                if ring.stage == comptime!(s as u32) {
-                    copy_pieces::<E>(q, sq, &all.q_full[s], s, tile.batch, h, i0, q_len, cfg.bq);
+    if comptime!(cfg.listed) {
+        let mut number = 0u32;
+        for g in 0..tile.group {
+            let h = tile.first_head + g;
+            let at = listed_head::<E>(tile, h, scratch, n);
+            let mut walk = column(tile.j0, tile.walk, at, scratch, n, comptime!(cfg.shape()));
+            let mut more = true.runtime();
+            while more {
+                let step = next_step(&mut walk, tile.j0, tile.at.keys, scratch, n, with_bias, comptime!(cfg.shape()));
+                more = !step.empty;
+                if more {
+                    // Before the wait: it takes a while.
+                    let turn = keys_after(tile.tile, step.i0, at, scratch, n, comptime!(cfg.query_shape()));
+                    barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
+                    tell_step(lines, number, step, h, turn, n);
+                    let m = step.i0 / comptime!(cfg.bq as u32);
+                    copy_queries::<E>(q, d_o, sq, sdo, all, &copies, &mut ring, tile, h, m, n, cfg);
+                    number += 1;
                 }
             }
-            barrier_wait(address_at(&do_gate, ring.stage, stages), ring.parity);
-            barrier_expect(address_at(&do_ready, ring.stage, stages), comptime!(2 * do_len));
-            #[unroll]
-            for s in 0..stages {
-                if ring.stage == comptime!(s as u32) {
-                    copy_pieces::<E>(d_o, sdo, &all.do_full[s], s, tile.batch, h, i0, do_len, cfg.bq);
-                }
+        }
+    } else {
+        for g in 0..tile.group {
+            let h = tile.first_head + g;
+            for m in tile.walk.first..tile.walk.first + tile.walk.steps {
+                copy_queries::<E>(q, d_o, sq, sdo, all, &copies, &mut ring, tile, h, m, n, cfg);
             }
-            advance(&mut ring, comptime!(stages as u32));
         }
     }
 }
 
-/// Adds what consumers have for dq, every other step, when it is the cube's turn. `counters` and `dq` are where the turns and the sums
-/// start.
+/// Copies query tile `m` of a head with its statistics, and the gradients of its outputs, each as soon as its place is free.
+#[cube]
+fn copy_queries<E: Float>(
+    q: &TensorMap<E, Tiled>,
+    d_o: &TensorMap<E, Tiled>,
+    sq: &mut Shared<[E]>,
+    sdo: &mut Shared<[E]>,
+    all: &Barriers,
+    copies: &Copies,
+    ring: &mut Ring,
+    tile: KeyTile,
+    h: u32,
+    m: u32,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let stages = comptime!(cfg.stages());
+    let [_, _, q_len, do_len] = comptime!(cfg.elements());
+    let bytes = comptime!(cfg.statistics_bytes());
+    let i0 = m * comptime!(cfg.bq as u32);
+    let place = place_of(tile, h, m, n, cfg);
+    barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
+    let barrier = address_at(&copies.q_full, ring.stage, stages);
+    barrier_expect(barrier, comptime!(2 * q_len + bytes));
+    bulk_load(
+        copies.rows + ring.stage * comptime!(bytes as u32),
+        copies.statistics + place as u64 * comptime!(bytes as u64),
+        barrier,
+        bytes,
+    );
+    #[unroll]
+    for s in 0..stages {
+        if ring.stage == comptime!(s as u32) {
+            copy_pieces::<E>(q, sq, &all.q_full[s], s, tile.batch, h, i0, q_len, cfg.bq);
+        }
+    }
+    barrier_wait(address_at(&copies.do_free, ring.stage, stages), ring.parity);
+    barrier_expect(address_at(&copies.do_full, ring.stage, stages), comptime!(2 * do_len));
+    #[unroll]
+    for s in 0..stages {
+        if ring.stage == comptime!(s as u32) {
+            copy_pieces::<E>(d_o, sdo, &all.do_full[s], s, tile.batch, h, i0, do_len, cfg.bq);
+        }
+    }
+    advance(ring, comptime!(stages as u32));
+}
+
+/// Adds what consumers have for dq, every other of `steps` steps, when it is the cube's turn. `counters` and `dq` are where the turns and
+/// the sums start.
 #[cube]
 pub(crate) fn add_up(
     sdq: &Shared<[Vector<f32, Const<4>>]>,
@@ -152,6 +251,8 @@ pub(crate) fn add_up(
     dq: u64,
     tile: KeyTile,
     adder: u32,
+    steps: u32,
+    lines: u32,
     scratch: &[u32],
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
@@ -162,16 +263,21 @@ pub(crate) fn add_up(
     let bytes = comptime!(cfg.dq_elements() * size_of::<f32>());
     let mut parity = 0u32;
     let mut step = adder;
-    while step < tile.group * tile.walk.steps {
-        let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
-        let place = place_of(tile, tile.first_head + g, m, n, cfg);
-        let turn = turn_of(tile.tile, m, tile.at, scratch, n, cfg);
+    while step < steps {
+        // Under a plan the step's line is sure to be there once the consumers are done.
+        if comptime!(cfg.listed) {
+            barrier_wait(full, parity);
+        }
+        let due = due_at(step, tile, lines, scratch, n, cfg);
+        let place = place_of(tile, due.head, due.m, n, cfg);
         let counter = counters + (place as u64 + 1u64) * 4u64;
         let to = dq + place as u64 * comptime!(bytes as u64);
-        barrier_wait(full, parity);
+        if comptime!(!cfg.listed) {
+            barrier_wait(full, parity);
+        }
         parity ^= 1u32;
-        turn_wait(counter, turn);
-        if turn == 0 {
+        turn_wait(counter, due.turn);
+        if due.turn == 0 {
             bulk_store(to, dq_at, bytes);
         } else {
             bulk_add(to, dq_at, bytes);
@@ -181,6 +287,24 @@ pub(crate) fn add_up(
         bulk_wait();
         turn_pass(counter);
         step += 2;
+    }
+}
+
+/// The query tile of a step, and the turn.
+#[cube]
+fn due_at(
+    step: u32,
+    tile: KeyTile,
+    lines: u32,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Due {
+    if comptime!(cfg.listed) {
+        told_due(lines, step, cfg)
+    } else {
+        let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
+        Due { head: tile.first_head + g, m, turn: turn_of(tile.tile, m, tile.at, scratch, n, cfg) }
     }
 }
 

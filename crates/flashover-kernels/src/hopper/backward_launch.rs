@@ -8,7 +8,7 @@ use super::backward_rows::{finish_kernel, statistics_kernel};
 use super::checks::{check_backward, reads_in_place};
 use super::launch::{fours, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::checks::{check_operands, check_outputs};
+use crate::family::checks::{check_operands, check_outputs, check_plan};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout};
 use crate::operands::{Gradients, Operands};
@@ -25,12 +25,14 @@ pub fn backward(
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
     outputs: &Outputs,
+    plan: Option<&DeviceTensor>,
     rest: DeviceTensor,
     cfg: HopperBackwardConfig,
 ) -> Result<Gradients<DeviceTensor>, KernelError> {
     check_backward(problem, &DeviceLimits::of(client), cfg)?;
     check_operands(problem, operands)?;
     check_outputs(problem, outputs)?;
+    check_plan(problem, plan)?;
     if rest.shape != problem.output_shape() {
         let expected = problem.output_shape().to_vec();
         return Err(KernelError::Shape { operand: "rest", expected, found: rest.shape });
@@ -60,7 +62,7 @@ pub fn backward(
     }
     let layout = Layout::of(problem, None);
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, problem, operands, None, &layout);
+    let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
     let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
     let (float, word) = (f32::elem_type_native(), u32::elem_type_native());
     let statistics = DeviceTensor::empty(client, &[query_tiles * cfg.statistics() * cfg.bq], float);
@@ -140,7 +142,7 @@ pub fn backward(
             np,
         );
     }
-    let (bindings, address) = binding_facts([&sums, &scratch, &dq].into_iter());
+    let (bindings, address) = binding_facts([&sums, &turns, &dq].into_iter());
     launcher.note("finish_hopper", &cfg, bindings, 0, ROW_UNITS);
     let units = query_tiles * cfg.dq_elements() / 32;
     // SAFETY: a unit reads 8 of the vectors that the buffer was made for and tests rows and elements of dq.
@@ -151,12 +153,11 @@ pub fn backward(
             CubeDim::new_1d(ROW_UNITS as u32),
             address,
             BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
-            scratch.buffer(),
+            turns.buffer(),
             eights(&dq),
             numbers(problem, &layout),
             units,
             cfg,
-            q.elem,
         );
     }
     Ok(Gradients { q: Some(dq), k: Some(dk), v: Some(dv), ..Gradients::default() })

@@ -5,9 +5,8 @@ use cubecl::prelude::*;
 use super::backward_config::HopperBackwardConfig;
 use super::config::PIECE;
 use super::store::restored;
-use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
+use crate::family::element::{Numbers, is_minus_infinity, row_hash};
 use crate::family::ptx::{pack, unpack};
-use crate::family::walk::key_walk;
 
 /// `−lse` and `delta` of each query tile, side by side, padded to whole tiles, `lse` in logarithms of base 2 where products are all
 /// that scores are made of; elsewhere also the hash for dropout: a row that does not exist
@@ -94,14 +93,13 @@ pub(crate) fn statistics_kernel(
 /// every 8 queries 128 vectors of four floats, vector `32 · w + 4 · g + c` being elements `16 · w + g` and 8 further of
 /// queries `2 · c` and the next. A unit takes 16 elements of two rows.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn finish_kernel<E: Float>(
+pub(crate) fn finish_kernel(
     sums: &[Vector<f32, Const<4>>],
-    scratch: &[u32],
+    turns: &[u32],
     dq: &mut [Vector<u32, Const<4>>],
     n: Numbers,
     units: usize,
     #[comptime] cfg: HopperBackwardConfig,
-    #[define(E)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS < units {
         let (eights, pieces) = comptime!((cfg.bq / 8, cfg.head_dim / PIECE));
@@ -111,10 +109,8 @@ pub(crate) fn finish_kernel<E: Float>(
         let (eight, piece) = (block % eights, block / eights % pieces);
         let tile = block / comptime!(eights * pieces);
         let (head, i0) = (tile / tiles, tile % tiles * cfg.bq);
-        let (b, h) = (head as u32 / n.heads_q, head as u32 % n.heads_q);
-        let at = head_of::<E>(b, h, scratch, ComptimeOption::new_None(), n, false);
         // Nobody has written where nobody came by.
-        let seen = key_walk(i0 as u32, at, scratch, n, comptime!(cfg.query_shape())).steps > 0;
+        let seen = turns[tile + 1] > 0;
         let first = block * 128 + w * 32 + c;
         let mut fours = Array::<Vector<f32, Const<4>>>::new(8usize);
         #[unroll]

@@ -4,9 +4,11 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::ptx::Accumulator;
+use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position};
 use crate::family::ptx::{exp2, pack, unpack};
+use crate::family::walk::Step;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 
 /// A thread's rows: keys `j` and `j + 8`; columns `column` and the next of every 8 queries.
@@ -130,6 +132,31 @@ pub(crate) fn hide_bits<N: Size>(
             let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
             let seen = (word >> ((keys.j + comptime!(8 * r as u32)) * n.mask_key % 32)) & 1u32;
             p.insert(e, select(seen == 1u32, p.extract(e), 0.0f32));
+        }
+    }
+}
+
+/// What a plan's bits of a Partial tile hide, as [`hide`]. They reach past the ends of queries and keys.
+#[cube]
+pub(crate) fn hide_unlisted<N: Size>(
+    p: &mut Accumulator<N>,
+    keys: KeyRows,
+    step: Step,
+    scratch: &[u32],
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let c = keys.j - step.j0;
+    let first = step.bits + bit_word(0u32, step.row_words, keys.column, c) as usize;
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 4) {
+        let row = comptime!((8 * (x / 2) + x % 2) as u32) * step.row_words;
+        // That of the key 8 further too: a warp's rows are 16 keys.
+        let word = scratch[first + row as usize];
+        #[unroll]
+        for r in 0..2usize {
+            let e = comptime!(4 * (x / 2) + 2 * r + x % 2);
+            let seen = bit_is_set(word, c + comptime!(8 * r as u32));
+            p.insert(e, select(seen, p.extract(e), 0.0f32));
         }
     }
 }

@@ -53,6 +53,12 @@ pub fn check_backward(problem: &Problem, limits: &DeviceLimits, cfg: HopperBackw
     if (HopperBackwardConfig { bq, plain: plain && own.plain, ..own }) != cfg {
         return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: cfg.to_string() });
     }
+    if let Some(plan) = problem.plan
+        && !cfg.divides(plan.tile)
+    {
+        let expected = [cfg.bq as u32, HopperBackwardConfig::BK as u32];
+        return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
+    }
     let (what, limit, found) = ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes());
     if found > limit {
         return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });

@@ -9,6 +9,7 @@ mod backward;
 mod backward_config;
 mod backward_copies;
 mod backward_launch;
+mod backward_messages;
 mod backward_rows;
 mod backward_scores;
 mod bulk;
