@@ -10,6 +10,7 @@ pub(crate) mod checks;
 pub(crate) mod element;
 pub(crate) mod launcher;
 pub(crate) mod ptx;
+pub(crate) mod rounding;
 pub(crate) mod score_function;
 pub(crate) mod scratch;
 pub(crate) mod tile_shape;

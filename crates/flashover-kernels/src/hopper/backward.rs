@@ -20,7 +20,7 @@ use cubecl::prelude::*;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_copies::{Barriers, KeyTile, add_up, copy_tiles, key_tile};
 use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, shape_scores, weigh};
-use super::bulk::{fence_shared, store_transposed, ticket};
+use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_named, issue_scores,
@@ -31,7 +31,7 @@ use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
-use crate::family::ptx::{global_address, value_of};
+use crate::family::ptx::{global_address, ticket, value_of};
 use crate::family::walk::query_band_step;
 
 /// Warps of the warpgroups that compute, each of which arrives at a barrier once.

@@ -4,9 +4,9 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::config::PIECE;
-use super::store::restored;
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
 use crate::family::ptx::{pack, unpack};
+use crate::family::rounding::restored;
 use crate::family::walk::key_walk;
 
 /// `−lse` and `delta` of each query tile, side by side, padded to whole tiles, `lse` in logarithms of base 2 where products are all
