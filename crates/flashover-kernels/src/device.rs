@@ -42,6 +42,12 @@ impl DeviceTensor {
         DeviceTensor { handle, shape: shape.to_vec(), strides, elem }
     }
 
+    /// Whether its elements lie one behind the other, the last dimension's first. An empty tensor's do.
+    pub fn is_contiguous(&self) -> bool {
+        let strides = DeviceTensor::contiguous(self.handle.clone(), &self.shape, self.elem).strides;
+        self.elements() == 0 || strides == self.strides
+    }
+
     /// A contiguous tensor of unspecified content.
     pub fn empty(client: &Client, shape: &[usize], elem: ElemType) -> Self {
         let bytes = shape.iter().product::<usize>() * elem.size();

@@ -11,6 +11,7 @@ pub(crate) mod element;
 pub(crate) mod launcher;
 pub(crate) mod listed;
 pub(crate) mod ptx;
+pub(crate) mod rounding;
 pub(crate) mod score_function;
 pub(crate) mod scratch;
 pub(crate) mod tile_shape;

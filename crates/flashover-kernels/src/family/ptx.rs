@@ -80,3 +80,12 @@ pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Vector<
     gpu_asm!("ld.shared.v4.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
     out
 }
+
+/// The next number of a counter in global memory.
+#[cube]
+pub(crate) fn ticket(counter: u64) -> u32 {
+    let counter = value_of::<u64>(counter);
+    let out: u32;
+    gpu_asm!("atom.global.add.u32 {out}, [{counter}], 1;", out = out(_) out, counter = in(_) counter);
+    out
+}

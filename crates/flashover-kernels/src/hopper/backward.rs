@@ -23,7 +23,7 @@ use super::backward_messages::{LINE, LINES, told_step};
 use super::backward_scores::{
     KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, weigh,
 };
-use super::bulk::{fence_shared, store_transposed, ticket};
+use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_named, issue_scores,
@@ -34,7 +34,7 @@ use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
-use crate::family::ptx::{global_address, value_of};
+use crate::family::ptx::{global_address, ticket, value_of};
 use crate::family::walk::{Step, query_band_step};
 
 /// Warps of the warpgroups that compute, each of which arrives at a barrier once.

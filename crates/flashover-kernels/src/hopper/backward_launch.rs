@@ -39,17 +39,13 @@ pub fn backward(
     }
     let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
-    let contiguous = |tensor: &DeviceTensor| {
-        let strides = DeviceTensor::contiguous(tensor.handle.clone(), &tensor.shape, tensor.elem).strides;
-        tensor.elements() == 0 || strides == tensor.strides
-    };
     for (operand, tensor, fits) in [
         ("q", q, reads_in_place(q)),
         ("k", k, reads_in_place(k)),
         ("v", v, reads_in_place(v)),
         ("do", d_o, reads_in_place(d_o)),
-        ("o", &outputs.o, contiguous(&outputs.o)),
-        ("rest", &rest, contiguous(&rest)),
+        ("o", &outputs.o, outputs.o.is_contiguous()),
+        ("rest", &rest, rest.is_contiguous()),
     ] {
         if !fits {
             return Err(KernelError::Layout { operand, found: tensor.strides.clone() });

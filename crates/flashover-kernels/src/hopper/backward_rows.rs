@@ -4,9 +4,9 @@ use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
 use super::config::PIECE;
-use super::store::restored;
 use crate::family::element::{Numbers, is_minus_infinity, row_hash};
 use crate::family::ptx::{pack, unpack};
+use crate::family::rounding::restored;
 
 /// `−lse` and `delta` of each query tile, side by side, padded to whole tiles, `lse` in logarithms of base 2 where products are all
 /// that scores are made of; elsewhere also the hash for dropout: a row that does not exist

@@ -60,15 +60,6 @@ pub(crate) fn fence_shared() {
     gpu_asm!("fence.proxy.async.shared::cta;");
 }
 
-/// The next number of a counter in global memory.
-#[cube]
-pub(crate) fn ticket(counter: u64) -> u32 {
-    let counter = value_of::<u64>(counter);
-    let out: u32;
-    gpu_asm!("atom.global.add.u32 {out}, [{counter}], 1;", out = out(_) out, counter = in(_) counter);
-    out
-}
-
 /// Waits until a counter in global memory has reached `turn`: what those before it wrote is visible then.
 #[cube]
 pub(crate) fn turn_wait(counter: u64, turn: u32) {

@@ -3,7 +3,8 @@
 use cubecl::prelude::*;
 
 use super::ptx::Accumulator;
-use crate::family::ptx::{pack, unpack, value_of};
+use crate::family::ptx::{pack, value_of};
+use crate::family::rounding::lost;
 use crate::problem::Element;
 
 /// The rows that a thread writes, and where: `row` and `row + 8` of the `rows` that follow `first` in a tensor whose rows have
@@ -108,32 +109,4 @@ fn rounded_pair<N: Size>(
         pair = lost(low, high, pair, element);
     }
     select(some, pair, 0u32)
-}
-
-/// What two floats lost when they were rounded to a pair, in 16 bits each: for f16 the difference, rounded; for bf16 that of the
-/// numbers which the bits are, so that nothing is lost (half a unit in the last place of f32 where the float lay in the middle).
-#[cube]
-fn lost(low: f32, high: f32, pair: u32, #[comptime] element: Element) -> u32 {
-    let (rounded_low, rounded_high) = unpack(pair, element);
-    if comptime!(element == Element::BF16) {
-        let low = i32::reinterpret(low) - i32::reinterpret(rounded_low);
-        let high = i32::reinterpret(high) - i32::reinterpret(rounded_high);
-        (min(low, 0x7fffi32) as u32 & 0xffffu32) | ((min(high, 0x7fffi32) as u32) << 16)
-    } else {
-        pack(low - rounded_low, high - rounded_high, element)
-    }
-}
-
-/// The two floats of a pair and what they [`lost`].
-#[cube]
-pub(crate) fn restored(pair: u32, lost: u32, #[comptime] element: Element) -> (f32, f32) {
-    let (low, high) = unpack(pair, element);
-    if comptime!(element == Element::BF16) {
-        let low = i32::reinterpret(low) + ((lost << 16) as i32 >> 16);
-        let high = i32::reinterpret(high) + (lost as i32 >> 16);
-        (f32::reinterpret(low), f32::reinterpret(high))
-    } else {
-        let (lost_low, lost_high) = unpack(lost, element);
-        (low + lost_low, high + lost_high)
-    }
 }

@@ -216,6 +216,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
             v_at,
             n.value_dim,
             c.value_dim,
+            false,
             tile,
             c.element,
         );
@@ -238,6 +239,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
             k_at,
             n.head_dim,
             c.head_dim,
+            false,
             tile,
             c.element,
         );
@@ -246,7 +248,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
 
 /// Starts loading the queries from `i0` on, the gradients of their outputs, and their statistics.
 #[cube]
-fn load_queries<E: Float>(
+pub(crate) fn load_queries<E: Float>(
     q: &Tensor<E>,
     d_o: &Tensor<E>,
     q_rows: Rows,

@@ -232,6 +232,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
             q_at,
             n.head_dim,
             c.head_dim,
+            false,
             tile,
             c.element,
         );

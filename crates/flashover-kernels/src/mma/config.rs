@@ -24,7 +24,7 @@ pub(crate) const STAGES: usize = 2;
 pub(crate) const FEW_KEYS: usize = 16;
 
 /// Head dimension, padded, beyond which the sums of a row take twice the registers.
-const WIDE: usize = 128;
+pub(crate) const WIDE: usize = 128;
 
 /// Sizes of a cube's tile, known when a kernel is compiled. Rows are what the cube owns, columns what it walks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

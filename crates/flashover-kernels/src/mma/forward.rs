@@ -34,9 +34,11 @@ pub(crate) fn forward_kernel<E: Float>(
     scratch: &[u32],
     o: &mut [E],
     mut lse: ComptimeOption<&mut [f32]>,
+    mut rest: ComptimeOption<Box<[E]>>,
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] with_lse: bool,
+    #[comptime] with_rest: bool,
     #[comptime] c: Compiled,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -189,7 +191,12 @@ pub(crate) fn forward_kernel<E: Float>(
         }
     }
     let first = head as usize * n.seq_q as usize;
-    store_rows::<E>(&acc, &norm, o, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, tile, c.element);
+    store_rows::<E>(&acc, &norm, o, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, false, tile, c.element);
+    if with_rest {
+        let rest = rest.as_mut().unwrap();
+        sync_plane();
+        store_rows::<E>(&acc, &norm, rest, first, i0, n.seq_q, q_at, n.value_dim, c.value_dim, true, tile, c.element);
+    }
 }
 
 /// Scores are taken from a maximum that may lag behind by a factor of the probabilities of 2 to this.

@@ -20,7 +20,8 @@ use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::Problem;
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
-/// both contiguous. Nothing is written for an `lse` that was not asked for. `plan` is that of the problem, in
+/// both contiguous, and likewise what rounding took from `o`, which a [one-pass backward](super::backward_one_pass) asks for.
+/// Nothing is written for what was not asked for. `plan` is that of the problem, in
 /// [`flat`](crate::block_plan::flat) form: u32, `[words]`.
 pub fn forward(
     client: &Client,
@@ -28,16 +29,22 @@ pub fn forward(
     operands: &Operands<DeviceTensor>,
     plan: Option<&DeviceTensor>,
     with_lse: bool,
+    with_rest: bool,
     config: MmaConfig,
-) -> Result<(DeviceTensor, Option<DeviceTensor>), KernelError> {
+) -> Result<(DeviceTensor, Option<DeviceTensor>, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), config)?;
     let tile = config.forward;
     let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
         ControlFlow::Continue(call) => call,
-        ControlFlow::Break(outputs) => return Ok(outputs),
+        ControlFlow::Break((o, lse)) => {
+            let rest = with_rest.then(|| o.clone());
+            return Ok((o, lse, rest));
+        }
     };
+    let rest = with_rest.then(|| DeviceTensor::empty(client, &call.o.shape, call.o.elem));
     let launcher = call.launcher(client);
     let (bindings, address) = call.binding_facts();
+    let bindings = bindings + usize::from(with_rest);
     let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(problem), tile.units());
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem;
@@ -55,14 +62,16 @@ pub fn forward(
             scratch.buffer(),
             o.buffer(),
             lse.as_ref().map(DeviceTensor::buffer).into(),
+            rest.as_ref().map(DeviceTensor::buffer).into(),
             call.numbers(),
             bias.is_some(),
             with_lse,
+            with_rest,
             Compiled::of(problem, tile, [q, k, v], None),
             q.elem,
         );
     }
-    Ok((call.o, call.lse))
+    Ok((call.o, call.lse, rest))
 }
 
 /// Attention backward: those of `dq`, `dk` and `dv` that are [`Wanted`], contiguous, each in the shape and element type of its
@@ -151,9 +160,8 @@ impl<'a> Backward<'a> {
         let layout = Layout::of(problem, Some(Partials::default()));
         let launcher = Launcher { client, scratch_bytes: layout.bytes() };
         let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-        let call = Backward { launcher, config, problem, operands, outputs, layout, scratch };
-        call.row_statistics(problem.batch * problem.heads_q * problem.seq_q);
-        call
+        row_statistics_of(&launcher, problem, outputs, &scratch, &layout);
+        Backward { launcher, config, problem, operands, outputs, layout, scratch }
     }
 
     fn numbers(&self) -> NumbersLaunch {
@@ -163,26 +171,6 @@ impl<'a> Backward<'a> {
     fn compiled(&self, tile: MmaTile) -> Compiled {
         let Operands { q, k, v, .. } = self.operands;
         Compiled::of(self.problem, tile, [q, k, v], Some(&self.outputs.do_))
-    }
-
-    fn row_statistics(&self, rows: usize) {
-        let Outputs { lse, dlse, .. } = self.outputs;
-        let (bindings, address) = binding_facts([lse, &self.scratch].into_iter().chain(dlse));
-        self.launcher.note_small("row_statistics", bindings, 0);
-        // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
-        unsafe {
-            row_statistics::launch_unchecked(
-                self.launcher.client,
-                self.launcher.cubes(rows.div_ceil(SUM_UNITS)),
-                CubeDim::new_1d(SUM_UNITS as u32),
-                address,
-                lse.arg(),
-                dlse.as_ref().map(DeviceTensor::arg).into(),
-                self.scratch.buffer(),
-                self.numbers(),
-                dlse.is_some(),
-            );
-        }
     }
 
     fn queries(&self, dq: Option<&DeviceTensor>) {
@@ -248,6 +236,34 @@ impl<'a> Backward<'a> {
                 q.elem,
             );
         }
+    }
+}
+
+/// The log-sum-exps and `−dlse` of all rows go into the scratch buffer.
+pub(super) fn row_statistics_of(
+    launcher: &Launcher,
+    problem: &Problem,
+    outputs: &Outputs,
+    scratch: &DeviceTensor,
+    layout: &Layout,
+) {
+    let Outputs { lse, dlse, .. } = outputs;
+    let (bindings, address) = binding_facts([lse, scratch].into_iter().chain(dlse));
+    launcher.note_small("row_statistics", bindings, 0);
+    let rows = problem.batch * problem.heads_q * problem.seq_q;
+    // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
+    unsafe {
+        row_statistics::launch_unchecked(
+            launcher.client,
+            launcher.cubes(rows.div_ceil(SUM_UNITS)),
+            CubeDim::new_1d(SUM_UNITS as u32),
+            address,
+            lse.arg(),
+            dlse.as_ref().map(DeviceTensor::arg).into(),
+            scratch.buffer(),
+            numbers(problem, layout),
+            dlse.is_some(),
+        );
     }
 }
 

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, MmaTile, ROWS};
+use super::one_pass_launch::OnePass;
 use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma};
 use super::tile::{DEPTH, PIECE, pitch};
 use crate::family::ptx::{pack, unpack};
@@ -90,6 +91,38 @@ pub(crate) fn accumulate(
                     acc[x + 1] =
                         mma(rests[block], values.extract(2usize), values.extract(3usize), acc[x + 1], c.element);
                 }
+            }
+        }
+    }
+}
+
+/// `sums = wᵀ · b`: this warp's 16 columns of `w` at [`column_place`](super::tile::column_place), a row of it a key, and of `b` the blocks
+/// of the head dimension from pair `first_pair` on at [`row_place`](super::tile::row_place).
+#[cube]
+pub(crate) fn product_turned(
+    sums: &mut Array<Sums>,
+    w: u32,
+    b: u32,
+    first_pair: u32,
+    #[comptime] of: OnePass,
+    #[comptime] c: Compiled,
+) {
+    #[unroll]
+    for x in 0..comptime!(2 * of.pairs()) {
+        sums[x] = Sums::new(0.0f32);
+    }
+    #[unroll]
+    for depth in 0..comptime!(c.tile.rows() / DEPTH) {
+        let rows = load_matrix_transposed(w, comptime!(depth * DEPTH * pitch(c.tile.cols)));
+        #[unroll]
+        for pair in 0..comptime!(of.pairs()) {
+            // Of the last warps' elements some may lie past the end.
+            if comptime!(of.even()) || first_pair + comptime!(pair as u32) < comptime!((c.head_dim / 16) as u32) {
+                let offset = comptime!(depth * DEPTH * pitch(c.head_dim) + pair * 2 * PIECE);
+                let columns = load_matrix_transposed(b, offset);
+                let x = comptime!(2 * pair);
+                sums[x] = mma(rows, columns.extract(0usize), columns.extract(1usize), sums[x], c.element);
+                sums[x + 1] = mma(rows, columns.extract(2usize), columns.extract(3usize), sums[x + 1], c.element);
             }
         }
     }

@@ -82,6 +82,15 @@ pub(crate) fn row_sum(x: f32) -> f32 {
     x + other_lane(x, 2usize)
 }
 
+/// Sum over all lanes of the warp.
+#[cube]
+pub(crate) fn all_lanes_sum(x: f32) -> f32 {
+    let x = row_sum(x);
+    let x = x + other_lane(x, 4usize);
+    let x = x + other_lane(x, 8usize);
+    x + other_lane(x, 16usize)
+}
+
 /// Whether `x` holds in any lane of the warp.
 #[cube]
 pub(crate) fn any_lane(x: bool) -> bool {
@@ -149,6 +158,76 @@ pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vec
 pub(crate) fn store_global_16(address: u64, x: Fragment) {
     let (address, x) = (value_of::<u64>(address), value_of::<Fragment>(x));
     gpu_asm!("st.global.v4.b32 [{address}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Writes 2 bytes, the lower half of a register, to global memory.
+#[cube]
+pub(crate) fn store_global_2(address: u64, x: u32) {
+    let (address, x) = (value_of::<u64>(address), value_of::<u32>(x));
+    gpu_asm!(
+        "{{ .reg .b16 low, high; mov.b32 {{low, high}}, {x}; st.global.b16 [{address}], low; }}",
+        address = in(_) address, x = in(_) x,
+    );
+}
+
+/// Writes a lane's block of sums `offset` bytes behind an address of 16 bytes of global memory.
+#[cube]
+pub(crate) fn store_floats(address: u64, #[comptime] offset: usize, x: Sums) {
+    let (address, x) = (value_of::<u64>(address), value_of::<Sums>(x));
+    gpu_asm!("st.global.v4.f32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Adds a block of sums to what stands there, in one access where the device has it (sm90).
+#[cube]
+pub(crate) fn add_floats(address: u64, #[comptime] offset: usize, x: Sums, #[comptime] vector: bool) {
+    let address = value_of::<u64>(address);
+    if vector {
+        let x = value_of::<Sums>(x);
+        gpu_asm!("red.global.add.v4.f32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+    } else {
+        #[unroll]
+        for z in 0..4usize {
+            let y = value_of::<f32>(x.extract(z));
+            let here = comptime!(offset + 4 * z);
+            gpu_asm!("red.global.add.f32 [{address}+{here}], {y};", address = in(_) address, y = in(_) y);
+        }
+    }
+}
+
+/// What this unit wrote to global memory is there for the device before what it does next.
+#[cube]
+pub(crate) fn fence_device() {
+    gpu_asm!("fence.acq_rel.gpu;");
+}
+
+/// How many have had their turn; asked for early, the answer is there when it is needed.
+#[cube]
+pub(crate) fn turn_now(counter: u64) -> u32 {
+    let counter = value_of::<u64>(counter);
+    let out: u32;
+    gpu_asm!("ld.relaxed.gpu.global.u32 {out}, [{counter}];", out = out(_) out, counter = in(_) counter);
+    out
+}
+
+/// Waits until a counter, which was `now` before, has reached `turn`. What is added after it is added after what others added
+/// before: additions take place in the second-level cache, and none is begun before the counter is known.
+#[cube]
+pub(crate) fn turn_wait(counter: u64, now: u32, turn: u32) {
+    let (counter, now, turn) = (value_of::<u64>(counter), value_of::<u32>(now), value_of::<u32>(turn));
+    gpu_asm!(
+        "{{\n.reg .pred early;\n.reg .b32 here;\nmov.b32 here, {now};\nsetp.lt.u32 early, here, {turn};\n@!early bra DONE;\nAGAIN:\n",
+        "ld.relaxed.gpu.global.u32 here, [{counter}];\nsetp.lt.u32 early, here, {turn};\n@early bra AGAIN;\nDONE:\n}}",
+        counter = in(_) counter, now = in(_) now, turn = in(_) turn,
+    );
+}
+
+/// Gives the turn at a counter, if it is one, to the next; the leader counts, after a fence and a barrier of all.
+#[cube]
+pub(crate) fn turn_pass(counter: u64, leader: bool) {
+    if leader && counter != 0 {
+        let counter = value_of::<u64>(counter);
+        gpu_asm!("red.release.gpu.global.add.u32 [{counter}], 1;", counter = in(_) counter);
+    }
 }
 
 /// Where shared memory starts, in bytes within the shared window.

@@ -3,14 +3,16 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, MmaTile, ROWS, WARP};
-use super::ptx::{Sums, store_global_16, store_shared};
+use super::ptx::{Sums, store_global_2, store_global_16, store_shared};
 use super::tile::{PIECE, PIECE_LEN, pitch};
 use crate::family::ptx::{global_address, load_shared_16, pack};
+use crate::family::rounding::lost;
 use crate::problem::Element;
 
 /// Writes `acc · factor`, rounded, to rows `row ..` of a contiguous tensor whose first row of this head is `first`, and of which
 /// the head has `rows`: through this warp's rows of shared memory from `at` on, in 16-byte pieces, where rows are whole numbers
-/// of them. `factor` has one for each row of this lane. The caller sees to it that nobody uses that memory.
+/// of them. `factor` has one for each row of this lane. With `rest` not the numbers but what rounding takes from them. The caller
+/// sees to it that nobody uses that memory.
 #[cube]
 pub(crate) fn store_rows<E: Float>(
     acc: &Array<Sums>,
@@ -22,14 +24,15 @@ pub(crate) fn store_rows<E: Float>(
     at: u32,
     width: u32,
     #[comptime] dim: usize,
+    #[comptime] rest: bool,
     #[comptime] tile: MmaTile,
     #[comptime] element: Element,
 ) {
     let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
     let lane = UNIT_POS % comptime!(WARP as u32);
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
-    let rest = width % comptime!(PIECE_LEN as u32);
-    if rest == 0 {
+    let whole = width % comptime!(PIECE_LEN as u32) == 0;
+    if whole {
         let at = at + warp_row * comptime!(pitch(dim) as u32);
         let to = at + lane / 4 * comptime!(pitch(dim) as u32) + lane % 4 * 4;
         #[unroll]
@@ -41,7 +44,7 @@ pub(crate) fn store_rows<E: Float>(
                 let high = acc[x].extract(comptime!(2 * half + 1)) * factor;
                 let below = comptime!(x / value_blocks * ROWS + half * 8);
                 let offset = comptime!(below * pitch(dim) + x % value_blocks * PIECE);
-                store_shared(to, offset, pack(low, high, element));
+                store_shared(to, offset, rounded(low, high, rest, element));
             }
         }
         sync_plane();
@@ -69,9 +72,25 @@ pub(crate) fn store_rows<E: Float>(
                 let d = lane % 4 * 2 + comptime!((x % value_blocks * COLS + z % 2) as u32);
                 if i < rows && d < width {
                     let y = acc[x].extract(z) * factor[comptime!(x / value_blocks * 2 + z / 2)];
-                    out[(first + i as usize) * width as usize + d as usize] = E::cast_from(y);
+                    let to = (first + i as usize) * width as usize + d as usize;
+                    if rest {
+                        let lost = rounded(y, 0.0f32, rest, element);
+                        store_global_2(global_address::<E>(&*out) + to as u64 * 2u64, lost);
+                    } else {
+                        out[to] = E::cast_from(y);
+                    }
                 }
             }
         }
     }
+}
+
+/// Two floats rounded to a register, or what rounding takes from them.
+#[cube]
+fn rounded(low: f32, high: f32, #[comptime] rest: bool, #[comptime] element: Element) -> u32 {
+    let mut pair = pack(low, high, element);
+    if rest {
+        pair = lost(low, high, pair, element);
+    }
+    pair
 }

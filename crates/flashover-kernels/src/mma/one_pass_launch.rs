@@ -1,0 +1,274 @@
+//! The one-pass backward: its tiles, and from a problem and its operands to its launches.
+
+use core::fmt::{Display, Formatter};
+
+use cubecl::prelude::*;
+
+use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
+use super::launch::row_statistics_of;
+use super::one_pass::one_pass_kernel;
+use super::one_pass_rows::{delta_kernel, finish_kernel};
+use super::tile::{PIECE, padded, pitch};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
+use crate::family::checks::{check_operands, check_outputs};
+use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
+use crate::family::scratch::{self, Layout, Partials};
+use crate::family::tile_shape::TileShape;
+use crate::operands::{Gradients, Operands};
+use crate::problem::Problem;
+
+/// Buffers that its largest launch binds.
+pub(crate) const BINDINGS: usize = 11;
+
+/// Units of a cube of the kernels before and after.
+pub(crate) const ROW_UNITS: usize = 256;
+
+/// Sizes of the one-pass backward of a problem, known when its kernels are compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct OnePass {
+    /// Rows are the keys that a cube owns, columns the queries of a step.
+    pub tile: MmaTile,
+    /// The head dimension, padded.
+    pub head_dim: usize,
+    /// The value dimension, padded.
+    pub value_dim: usize,
+    /// Whether the device adds four floats to global memory at once (sm90).
+    pub vector_adds: bool,
+}
+
+impl OnePass {
+    /// Sizes for a problem on a device, and why; or what it has no form for.
+    pub fn of(problem: &Problem, limits: &DeviceLimits) -> Result<(Self, &'static str), &'static str> {
+        let (head_dim, value_dim) = (padded(problem.head_dim), padded(problem.value_dim));
+        if problem.plan.is_some() {
+            return Err("a block plan");
+        }
+        if problem.seq_kv < FEW_KEYS {
+            return Err("so few keys");
+        }
+        if head_dim.max(value_dim) > WIDE {
+            return Err("head dimensions above 128");
+        }
+        let tile = |warps| MmaTile { warps, blocks: 1, cols: 64, part: 64 };
+        let (warps, why) = match head_dim.max(value_dim) {
+            ..=64 => (4, "two cubes of such heads share a multiprocessor"),
+            _ => (8, "the registers of a multiprocessor hold dk and dv of 128 keys"),
+        };
+        let of = OnePass { tile: tile(warps), head_dim, value_dim, vector_adds: limits.wgmma };
+        if of.shared_bytes() > limits.max_shared_bytes || BINDINGS > limits.max_bindings {
+            return Err("the shared memory or the bindings of this device");
+        }
+        Ok((of, why))
+    }
+
+    /// As a tile on the side of queries.
+    pub(crate) const fn turned(&self) -> TileShape {
+        let TileShape { rows, cols } = self.tile.shape();
+        TileShape { rows: cols, cols: rows }
+    }
+
+    /// Warps side by side over the queries of dq; the others have further elements of the head dimension.
+    pub(crate) const fn query_warps(&self) -> usize {
+        self.tile.cols / ROWS
+    }
+
+    /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end.
+    pub(crate) const fn pairs(&self) -> usize {
+        (self.head_dim / 16).div_ceil(self.tile.warps / self.query_warps())
+    }
+
+    /// Whether the pairs of all warps are those of the head dimension.
+    pub(crate) const fn even(&self) -> bool {
+        (self.head_dim / 16).is_multiple_of(self.tile.warps / self.query_warps())
+    }
+
+    /// Bytes of a stage: queries, gradients of outputs, statistics.
+    pub(crate) const fn stage_bytes(&self) -> usize {
+        self.tile.cols * (pitch(self.head_dim) + pitch(self.value_dim)) + statistics_bytes(&self.tile)
+    }
+
+    /// Bytes of a tile of gradients of scores, a row a key.
+    pub(crate) const fn ds_bytes(&self) -> usize {
+        self.tile.rows() * pitch(self.tile.cols)
+    }
+
+    /// Bytes of a tile of dq in f32.
+    pub(crate) const fn sums_bytes(&self) -> usize {
+        2 * self.pairs() * self.tile.units() * PIECE
+    }
+
+    /// Shared memory of a cube in bytes.
+    pub const fn shared_bytes(&self) -> usize {
+        let own = self.tile.rows() * (pitch(self.head_dim) + pitch(self.value_dim));
+        own + STAGES * self.stage_bytes() + self.ds_bytes()
+    }
+}
+
+impl Display for OnePass {
+    fn fmt(&self, f: &mut Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{}, one pass", self.tile)
+    }
+}
+
+/// Attention backward in one pass: `dq`, `dk` and `dv`, contiguous, each in the shape and element type of its operand. `o` and
+/// `rest`, what rounding took from it in the [forward](super::forward), are contiguous; `rest` is given up as soon as it
+/// has been read. `dq` takes a buffer of f32.
+pub fn backward_one_pass(
+    client: &Client,
+    problem: &Problem,
+    operands: &Operands<DeviceTensor>,
+    outputs: &Outputs,
+    rest: DeviceTensor,
+    of: OnePass,
+) -> Result<Gradients<DeviceTensor>, KernelError> {
+    let kernel = "backward_mma";
+    let limits = DeviceLimits::of(client);
+    super::checks::check_limits(problem, &limits, super::MmaConfig::of(problem).0)?;
+    let (own, _) = OnePass::of(problem, &limits).map_err(|what| KernelError::Form { kernel, what })?;
+    if (OnePass { tile: of.tile, ..own }) != of || of.shared_bytes() > limits.max_shared_bytes {
+        return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: of.to_string() });
+    }
+    check_operands(problem, operands)?;
+    check_outputs(problem, outputs)?;
+    for (operand, tensor) in [("o", &outputs.o), ("rest", &rest)] {
+        if tensor.shape != problem.output_shape() {
+            let expected = problem.output_shape().to_vec();
+            return Err(KernelError::Shape { operand, expected, found: tensor.shape.clone() });
+        }
+        if !tensor.is_contiguous() {
+            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
+        }
+    }
+    let Operands { q, k, v, .. } = operands;
+    if problem.batch * problem.heads_q * problem.seq_q == 0 {
+        let zeros = |operand: &DeviceTensor| Some(DeviceTensor::zeros(client, &operand.shape, operand.elem));
+        return Ok(Gradients { q: zeros(q), k: zeros(k), v: zeros(v), ..Gradients::default() });
+    }
+    let layout = Layout::of(problem, Some(Partials::default()));
+    let launcher = Launcher { client, scratch_bytes: layout.bytes() };
+    let scratch = scratch::build(&launcher, problem, operands, None, &layout);
+    row_statistics_of(&launcher, problem, outputs, &scratch, &layout);
+    let query_tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(of.tile.cols);
+    let turns = DeviceTensor::empty(client, &[query_tiles + 1], u32::elem_type_native());
+    let c = Compiled::of(problem, of.tile, [q, k, v], Some(&outputs.do_));
+    let call = Call { launcher, problem, operands, outputs, layout, scratch, turns, query_tiles, of, c };
+    call.delta(&rest);
+    // Its memory may serve what follows.
+    drop(rest);
+    let sums =
+        DeviceTensor::empty(client, &[query_tiles * of.sums_bytes() / size_of::<f32>()], f32::elem_type_native());
+    let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
+    let (dq, dk, dv) = (new(q), new(k), new(v));
+    call.gradients(&sums, &dk, &dv);
+    call.finish(&sums, &dq);
+    Ok(Gradients { q: Some(dq), k: Some(dk), v: Some(dv), ..Gradients::default() })
+}
+
+/// The launches of one backward.
+struct Call<'a> {
+    launcher: Launcher<'a>,
+    problem: &'a Problem,
+    operands: &'a Operands<DeviceTensor>,
+    outputs: &'a Outputs,
+    layout: Layout,
+    scratch: DeviceTensor,
+    /// The ticket counter, and one for each query tile.
+    turns: DeviceTensor,
+    query_tiles: usize,
+    of: OnePass,
+    c: Compiled,
+}
+
+impl Call<'_> {
+    fn delta(&self, rest: &DeviceTensor) {
+        let Outputs { o, do_, .. } = self.outputs;
+        let (bindings, address) = binding_facts([o, rest, do_, &self.scratch, &self.turns].into_iter());
+        self.launcher.note("delta_mma", &self.of, bindings, 0, ROW_UNITS);
+        let Problem { batch, heads_q, seq_q, .. } = *self.problem;
+        let (rows, counters) = (batch * heads_q * seq_q, self.query_tiles + 1);
+        // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors, counters against
+        // their number, of which there are at most as many as units.
+        unsafe {
+            delta_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes((WARP * rows).div_ceil(ROW_UNITS)),
+                CubeDim::new_1d(ROW_UNITS as u32),
+                address,
+                o.buffer(),
+                rest.buffer(),
+                do_.arg(),
+                self.scratch.buffer(),
+                self.turns.buffer(),
+                numbers(self.problem, &self.layout),
+                rows,
+                counters,
+                self.c,
+                do_.elem,
+            );
+        }
+    }
+
+    fn gradients(&self, sums: &DeviceTensor, dk: &DeviceTensor, dv: &DeviceTensor) {
+        let Operands { q, k, v, bias, .. } = self.operands;
+        let do_ = &self.outputs.do_;
+        let bound = [q, k, v, do_, &self.scratch, &self.turns, sums, dk, dv].into_iter().chain(bias);
+        let (bindings, address) = binding_facts(bound);
+        self.launcher.note("backward_mma", &self.of, bindings, self.of.shared_bytes(), self.of.tile.units());
+        let Problem { batch, heads_kv, seq_kv, .. } = *self.problem;
+        let key_tiles = seq_kv.div_ceil(self.of.tile.rows());
+        // As many heads side by side as there are multiprocessors for their cubes.
+        let hardware = &self.launcher.client.properties().hardware;
+        let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+        let cubes_each = if self.of.tile.warps > 4 { 1 } else { 2 };
+        let section = (multiprocessors * cubes_each / key_tiles).clamp(1, batch * heads_kv);
+        // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
+        // `Compiled` found rows aligned; the buffer of sums holds whole tiles.
+        unsafe {
+            one_pass_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(batch * heads_kv * key_tiles),
+                CubeDim::new_1d(self.of.tile.units() as u32),
+                address,
+                q.arg(),
+                k.arg(),
+                v.arg(),
+                do_.arg(),
+                bias.as_ref().map(DeviceTensor::arg).into(),
+                self.scratch.buffer(),
+                self.turns.buffer(),
+                sums.buffer(),
+                dk.buffer(),
+                dv.buffer(),
+                numbers(self.problem, &self.layout),
+                section as u32,
+                bias.is_some(),
+                self.of,
+                self.c,
+                q.elem,
+            );
+        }
+    }
+
+    fn finish(&self, sums: &DeviceTensor, dq: &DeviceTensor) {
+        let (bindings, address) = binding_facts([sums, &self.scratch, dq].into_iter());
+        self.launcher.note("finish_mma", &self.of, bindings, 0, ROW_UNITS);
+        let units = self.query_tiles * self.of.sums_bytes() / PIECE / 4;
+        // SAFETY: a unit reads 4 of the vectors that the buffer was made for and tests rows and elements of dq.
+        unsafe {
+            finish_kernel::launch_unchecked(
+                self.launcher.client,
+                self.launcher.cubes(units.div_ceil(ROW_UNITS)),
+                CubeDim::new_1d(ROW_UNITS as u32),
+                address,
+                BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
+                self.scratch.buffer(),
+                dq.buffer(),
+                numbers(self.problem, &self.layout),
+                units,
+                self.of,
+                self.c,
+                dq.elem,
+            );
+        }
+    }
+}
