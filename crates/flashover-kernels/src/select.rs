@@ -34,26 +34,6 @@ pub enum Kernel {
     Hopper,
 }
 
-impl Kernel {
-    /// Whether it calls a user's own score function.
-    pub const fn calls_score_functions(self) -> bool {
-        match self {
-            Kernel::Portable => true,
-            Kernel::Mma | Kernel::Hopper => false,
-        }
-    }
-
-    /// Refuses what no configuration of the family can do.
-    fn check_options(self, problem: &Problem) -> Result<(), KernelError> {
-        match problem.score {
-            Some(score) if !self.calls_score_functions() => {
-                Err(KernelError::ScoreFunction { kernel: self.to_string(), function: score.code.name() })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 impl core::fmt::Display for Kernel {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
@@ -69,7 +49,8 @@ impl core::fmt::Display for Kernel {
 pub struct Selection {
     /// The family.
     pub kernel: Kernel,
-    /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes and sinks for another.
+    /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes, sinks and a score function's
+    /// parameters for another.
     pub config: TileConfig,
     /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
@@ -121,6 +102,10 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             let why_kernel = "few keys: a tile of a matrix product would be mostly empty";
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
+        KernelChoice::Auto if problem.score.is_some() => {
+            let why_kernel = "a score function, with which the matrix kernels have not been run on a device yet";
+            select_portable(problem, limits, why_kernel).map_err(nothing)
+        }
         KernelChoice::Auto => {
             let hopper = match problem.plan {
                 // docs/measurements.md
@@ -142,7 +127,6 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
 
 fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
-    kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
     let rest = select_mma(problem, limits, "the backward")?;
     let form = match problem.seq_kv < FEW_KEYS {
@@ -159,10 +143,9 @@ fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> 
 
 fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
-    kernel.check_options(problem)?;
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
-    if problem.bias.is_some() || problem.alibi || problem.learned_sinks {
+    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
         // Their gradients are taken by the portable kernels.
         portable::check_limits(problem, limits, config)?;
     }
@@ -179,7 +162,6 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let kernel = Kernel::Portable;
     let (config, why) = portable_tile(problem, limits);
-    kernel.check_options(problem)?;
     portable::check_limits(problem, limits, config)?;
     Ok(Selection {
         kernel,
@@ -213,6 +195,7 @@ mod tests {
     use crate::block_plan::{PlanShape, TileSize};
     use crate::mask::Band;
     use crate::problem::Element;
+    use crate::score::{Alibi, ScoreCode, ScoreUse};
 
     fn limits() -> DeviceLimits {
         DeviceLimits {
@@ -355,6 +338,29 @@ mod tests {
             assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
             assert!(auto.reason.contains("since it was rewritten"), "{}", auto.reason);
         }
+    }
+
+    #[test]
+    fn score_functions_go_to_the_portable_kernels_unless_another_is_named() {
+        let score = ScoreUse { code: ScoreCode::of::<Alibi>(), parameters: 2 };
+        let problem = |element| Problem { score: Some(score), ..problem(300, element) };
+        let auto = select(&problem(Element::BF16), &h200(), KernelChoice::Auto).unwrap();
+        assert_eq!((auto.kernel, auto.mma), (Kernel::Portable, None));
+        assert!(auto.reason.contains("have not been run on a device yet"), "{}", auto.reason);
+        let named = |choice, kernel| {
+            let named = select(&problem(Element::BF16), &h200(), choice).unwrap();
+            assert_eq!((named.kernel, named.mma.is_some()), (kernel, true));
+            named
+        };
+        named(KernelChoice::Mma, Kernel::Mma);
+        assert!(!named(KernelChoice::Hopper, Kernel::Hopper).hopper.unwrap().plain);
+        let narrow = Problem { head_dim: 64, value_dim: 64, ..problem(Element::BF16) };
+        let narrow = select(&narrow, &h200(), KernelChoice::Hopper).unwrap();
+        assert!(!narrow.hopper_backward.unwrap().plain);
+        // The gradient of the parameters is the portable kernels', whose limits therefore hold.
+        let cramped = DeviceLimits { max_iterations: 1, ..h200() };
+        let error = select(&problem(Element::BF16), &cramped, KernelChoice::Mma).unwrap_err().to_string();
+        assert!(error.contains("portable kernel: expected at most 1 loop iterations"), "{error}");
     }
 
     #[test]
