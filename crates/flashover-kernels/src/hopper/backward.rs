@@ -172,8 +172,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let mut slopes = Vector::<u32, NP>::new(0u32);
         if comptime!(!cfg.plain) {
             let at = head_of::<E>(tile.batch, h, scratch, bias, n, with_bias);
-            slopes =
-                shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
+            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
         }
         weigh::<NS>(&mut s, rows, row, factor, cfg);
         if !step.full {

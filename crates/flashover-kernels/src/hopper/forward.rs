@@ -289,7 +289,20 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
     let (tile, factor) = (carried.tile, consumer.factor);
     if comptime!(cfg.plain) && told.step.full {
-        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, function, false, cfg);
+        weigh::<E, NS>(
+            s,
+            &mut carried.rows,
+            tile,
+            told.step,
+            scratch,
+            bias,
+            n,
+            factor,
+            with_bias,
+            function,
+            false,
+            cfg,
+        );
     } else {
         weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, function, true, cfg);
     }
