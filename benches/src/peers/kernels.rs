@@ -111,17 +111,17 @@ impl Kernels {
         let Call { problem, selection, operands, .. } = call;
         let client = &self.client;
         let without_rest = |(o, lse)| (o, lse, None);
+        let with_rest = for_backward && selection.one_pass.is_some();
         let outputs = match selection.kernel {
             Kernel::Portable => {
                 portable::forward(client, problem, operands, None, true, selection.config).map(without_rest)
             }
             Kernel::Mma => {
                 let tiles = selection.mma.expect("selected with its tiles");
-                mma::forward(client, problem, operands, None, true, tiles).map(without_rest)
+                mma::forward(client, problem, operands, None, true, with_rest, tiles)
             }
             Kernel::Hopper => {
                 let tiles = selection.hopper.expect("selected with its tiles");
-                let with_rest = for_backward && selection.hopper_backward.is_some();
                 hopper::forward(client, problem, operands, None, true, with_rest, tiles)
             }
             other => return Err(format!("the benchmark does not know the {other} kernel")),
@@ -139,8 +139,8 @@ impl Kernels {
             Kernel::Portable => {
                 portable::backward(&self.client, problem, operands, outputs, None, wanted, selection.config)
             }
-            Kernel::Mma | Kernel::Hopper => match selection.hopper_backward.zip(rest.clone()) {
-                Some((tiles, rest)) => hopper::backward(&self.client, problem, operands, outputs, None, rest, tiles),
+            Kernel::Mma | Kernel::Hopper => match selection.one_pass.zip(rest.clone()) {
+                Some((pass, rest)) => pass.run(&self.client, problem, operands, outputs, None, rest),
                 None => {
                     let tiles = selection.mma.expect("selected with its tiles");
                     mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)

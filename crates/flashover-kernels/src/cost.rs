@@ -4,7 +4,7 @@
 use crate::family::launcher::SUM_UNITS;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mask::Band;
-use crate::mma::{self, MmaConfig, MmaTile};
+use crate::mma::{self, MmaConfig, MmaTile, OnePass};
 use crate::operands::Wanted;
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
@@ -17,6 +17,8 @@ pub enum Tile {
     Portable(TileConfig),
     /// Of a matrix kernel.
     Mma(MmaTile),
+    /// Of the matrix kernels' backward in one pass.
+    MmaOnePass(OnePass),
     /// Of the Hopper forward.
     Hopper(HopperConfig),
     /// Of the Hopper backward.
@@ -28,6 +30,7 @@ impl core::fmt::Display for Tile {
         match self {
             Tile::Portable(tile) => tile.fmt(f),
             Tile::Mma(tile) => tile.fmt(f),
+            Tile::MmaOnePass(tile) => tile.fmt(f),
             Tile::Hopper(tile) => tile.fmt(f),
             Tile::HopperBackward(tile) => tile.fmt(f),
         }
@@ -160,23 +163,17 @@ pub fn portable_backward(problem: &Problem, tile: TileConfig, wanted: Wanted, wi
     costs
 }
 
-/// Launches of [`mma::forward`].
-pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool) -> Vec<Cost> {
+/// Launches of [`mma::forward`]; `with_rest` if a backward in one pass follows.
+pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool, with_rest: bool) -> Vec<Cost> {
     let tile = config.forward;
     let (shared, units) = (tile.forward_shared_bytes(problem), tile.units());
-    matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse)
+    matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse, with_rest)
 }
 
-/// Launches of [`hopper::forward`], copies of operands that its copy engine cannot read not counted; `with_rest` if a Hopper
-/// backward follows.
+/// Launches of [`hopper::forward`], likewise; copies of operands that its copy engine cannot read are not counted.
 pub fn hopper_forward(problem: &Problem, config: HopperConfig, with_lse: bool, with_rest: bool) -> Vec<Cost> {
     let (shared, units) = (config.shared_bytes(), config.units());
-    let mut costs = matrix_forward(problem, "forward_hopper", Tile::Hopper(config), shared, units, with_lse);
-    if let Some(forward) = costs.last_mut().filter(|_| with_rest) {
-        forward.hbm_bytes += Model::new(problem, 0).o;
-        forward.bindings += 1;
-    }
-    costs
+    matrix_forward(problem, "forward_hopper", Tile::Hopper(config), shared, units, with_lse, with_rest)
 }
 
 /// Launches of [`hopper::backward`], which takes the gradients of q, k and v; `with_dlse` if the loss depends on the log-sum-exp.
@@ -186,27 +183,31 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     }
     let model = Model::new(problem, portable::scratch_bytes(problem, None));
     let mut costs = model.fill();
+    let tile = Some(Tile::HopperBackward(config));
     let dlse = if with_dlse { model.statistic } else { 0 };
-    let statistics = 2 * model.statistic;
-    let row = |kernel, hbm_bytes, bindings, shared_bytes, units, flops| Cost {
-        kernel,
-        tile: Some(Tile::HopperBackward(config)),
-        flops,
-        hbm_bytes,
-        bindings,
-        shared_bytes,
-        units,
-        scratch_bytes: model.scratch_bytes,
-    };
-    // dq is added up in f32.
-    let sums = 2 * model.q;
     let read = 3 * model.o + model.statistic + dlse;
-    let bindings = 6 + usize::from(with_dlse);
-    costs.push(row("statistics_hopper", read + statistics, bindings, 0, hopper::ROW_UNITS, 0));
-    let moved = model.q + 2 * (model.k + model.v) + model.o + statistics + sums + model.shared_words();
+    let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
+    costs.push(model.with_tile(tile, "statistics_hopper", read + 2 * model.statistic, bindings, 0, units, 0));
     let (shared, units) = (config.shared_bytes(), config.units());
-    costs.push(row("backward_hopper", moved + model.bias, 10 + model.bias_bound, shared, units, model.products(3, 2)));
-    costs.push(row("finish_hopper", sums + model.q, 3, 0, hopper::ROW_UNITS, 0));
+    costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
+    costs.push(model.finish(tile, "finish_hopper", hopper::ROW_UNITS));
+    costs
+}
+
+/// Launches of [`mma::backward_one_pass`], likewise.
+pub fn mma_one_pass(problem: &Problem, of: OnePass, with_dlse: bool) -> Vec<Cost> {
+    if problem.is_empty() || problem.seq_kv == 0 {
+        return Vec::new();
+    }
+    let model = Model::new(problem, mma::backward_scratch_bytes(problem));
+    let mut costs = model.fill();
+    let tile = Some(Tile::MmaOnePass(of));
+    let dlse = if with_dlse { model.statistic } else { 0 };
+    costs.push(model.small("row_statistics", 3 * model.statistic + dlse, 2 + usize::from(with_dlse), 0));
+    let moved = 3 * model.o + 3 * model.statistic;
+    costs.push(model.with_tile(tile, "delta_mma", moved, 5, 0, mma::ROW_UNITS, 0));
+    costs.push(model.one_pass(tile, "backward_mma", 9, of.shared_bytes(), of.tile.units()));
+    costs.push(model.finish(tile, "finish_mma", mma::ROW_UNITS));
     costs
 }
 
@@ -217,15 +218,16 @@ fn matrix_forward(
     shared_bytes: usize,
     units: usize,
     with_lse: bool,
+    with_rest: bool,
 ) -> Vec<Cost> {
     if problem.is_empty() {
         return Vec::new();
     }
     let model = Model::new(problem, portable::scratch_bytes(problem, None));
     let mut costs = model.fill();
-    let written = model.o + if with_lse { model.statistic } else { 0 };
+    let written = model.o * (1 + u64::from(with_rest)) + if with_lse { model.statistic } else { 0 };
     let hbm_bytes = model.q + model.k + model.v + model.bias + written + model.shared_words();
-    let bindings = 5 + model.bias_bound + usize::from(with_lse);
+    let bindings = 5 + model.bias_bound + usize::from(with_lse) + usize::from(with_rest);
     let (flops, scratch_bytes, tile) = (model.products(1, 1), model.scratch_bytes, Some(tile));
     costs.push(Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes });
     costs
@@ -350,6 +352,40 @@ impl<'a> Model<'a> {
     ) -> Cost {
         let (units, tile) = (tile.units(), Some(Tile::Mma(tile)));
         Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
+    }
+
+    fn with_tile(
+        &self,
+        tile: Option<Tile>,
+        kernel: &'static str,
+        hbm_bytes: u64,
+        bindings: usize,
+        shared_bytes: usize,
+        units: usize,
+        flops: u64,
+    ) -> Cost {
+        let scratch_bytes = self.scratch_bytes;
+        Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
+    }
+
+    /// The kernel of a backward in one pass, which adds up dq in f32.
+    fn one_pass(
+        &self,
+        tile: Option<Tile>,
+        kernel: &'static str,
+        bindings: usize,
+        shared_bytes: usize,
+        units: usize,
+    ) -> Cost {
+        let (sums, statistics) = (2 * self.q, 2 * self.statistic);
+        let moved = self.q + 2 * (self.k + self.v) + self.o + statistics + sums + self.shared_words() + self.bias;
+        let flops = self.products(3, 2);
+        self.with_tile(tile, kernel, moved, bindings + self.bias_bound, shared_bytes, units, flops)
+    }
+
+    /// The kernel that rounds dq.
+    fn finish(&self, tile: Option<Tile>, kernel: &'static str, units: usize) -> Cost {
+        self.with_tile(tile, kernel, 3 * self.q, 3, 0, units, 0)
     }
 
     /// A kernel without matrix products.

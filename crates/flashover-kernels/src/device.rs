@@ -258,14 +258,6 @@ pub enum KernelError {
         /// What came.
         found: String,
     },
-    /// A kernel that does not call a user's score function.
-    #[error("{kernel} kernel: expected a problem without a score function of the user's, got one with {function}")]
-    ScoreFunction {
-        /// The kernel.
-        kernel: String,
-        /// The function's type.
-        function: &'static str,
-    },
     /// An operand is not what the problem says.
     #[error("{operand}: expected shape {expected:?}, got {found:?}")]
     Shape {

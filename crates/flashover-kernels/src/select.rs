@@ -1,8 +1,12 @@
 //! Which kernel runs a problem on a device, in which configuration, and why.
 
-use crate::device::{DeviceLimits, KernelError};
+use cubecl::prelude::*;
+
+use crate::device::{DeviceLimits, DeviceTensor, KernelError};
+use crate::family::Outputs;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
-use crate::mma::{self, FEW_KEYS, MmaConfig};
+use crate::mma::{self, FEW_KEYS, MmaConfig, OnePass};
+use crate::operands::{Gradients, Operands};
 use crate::portable::{self, TileConfig};
 use crate::problem::Problem;
 
@@ -34,26 +38,6 @@ pub enum Kernel {
     Hopper,
 }
 
-impl Kernel {
-    /// Whether it calls a user's own score function.
-    pub const fn calls_score_functions(self) -> bool {
-        match self {
-            Kernel::Portable => true,
-            Kernel::Mma | Kernel::Hopper => false,
-        }
-    }
-
-    /// Refuses what no configuration of the family can do.
-    fn check_options(self, problem: &Problem) -> Result<(), KernelError> {
-        match problem.score {
-            Some(score) if !self.calls_score_functions() => {
-                Err(KernelError::ScoreFunction { kernel: self.to_string(), function: score.code.name() })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 impl core::fmt::Display for Kernel {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
@@ -64,20 +48,50 @@ impl core::fmt::Display for Kernel {
     }
 }
 
+/// A backward that takes the gradients of q, k and v in one pass, from what the forward keeps beside its output: what rounding took
+/// from that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnePassBackward {
+    /// That of [`hopper`], which reads tensors that [`hopper::reads_in_place`].
+    Hopper(HopperBackwardConfig),
+    /// That of [`mma`], which reads any.
+    Mma(OnePass),
+}
+
+impl OnePassBackward {
+    /// Launches it: [`hopper::backward`] or [`mma::backward_one_pass`].
+    pub fn run(
+        self,
+        client: &Client,
+        problem: &Problem,
+        operands: &Operands<DeviceTensor>,
+        outputs: &Outputs,
+        plan: Option<&DeviceTensor>,
+        rest: DeviceTensor,
+    ) -> Result<Gradients<DeviceTensor>, KernelError> {
+        match self {
+            OnePassBackward::Hopper(tiles) => hopper::backward(client, problem, operands, outputs, plan, rest, tiles),
+            OnePassBackward::Mma(of) => mma::backward_one_pass(client, problem, operands, outputs, rest, of),
+        }
+    }
+}
+
 /// The outcome of [`select`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selection {
     /// The family.
     pub kernel: Kernel,
-    /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes and sinks for another.
+    /// Tiles of the portable kernels: they are the family, or take the gradients of bias, slopes, sinks and a score function's
+    /// parameters for another.
     pub config: TileConfig,
     /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
     /// Tiles of the Hopper forward, if that is the family.
     pub hopper: Option<HopperConfig>,
-    /// Tiles of the Hopper backward, if that is the family and has a form for the problem. It takes the gradients of q, k
-    /// and v together; where one is not wanted, the matrix kernels take the others.
-    pub hopper_backward: Option<HopperBackwardConfig>,
+    /// The backward in one pass, if there is one for the problem. It takes the gradients of q, k and v together; where one is
+    /// not wanted, the matrix kernels take the others apart.
+    pub one_pass: Option<OnePassBackward>,
     /// Why this family and these tiles, in a sentence.
     pub reason: String,
 }
@@ -114,11 +128,15 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     let refused = |kernel: Kernel| move |why: KernelError| SelectError::Named { kernel, why };
     match choice {
         KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
-        KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
+        KernelChoice::Mma => select_mma(problem, limits, named, Passes::OneIfPossible).map_err(refused(Kernel::Mma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
         KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
             let why_kernel = "few keys: a tile of a matrix product would be mostly empty";
+            select_portable(problem, limits, why_kernel).map_err(nothing)
+        }
+        KernelChoice::Auto if problem.score.is_some() => {
+            let why_kernel = "a score function, with which the matrix kernels have not been run on a device yet";
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
         KernelChoice::Auto => {
@@ -130,7 +148,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             };
             let mma = hopper.or_else(|faster| {
                 let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
-                select_mma(problem, limits, &why)
+                select_mma(problem, limits, &why, Passes::Two)
             });
             mma.or_else(|faster| {
                 let why_kernel = format!("the mma kernel cannot run ({faster})");
@@ -142,51 +160,67 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
 
 fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
-    kernel.check_options(problem)?;
     hopper::check_limits(problem, limits, tiles)?;
-    let rest = select_mma(problem, limits, "the backward")?;
+    let rest = select_mma(problem, limits, "the backward", Passes::Two)?;
     let form = match problem.seq_kv < FEW_KEYS {
         true => Err("so few keys: what is left of their gradients is mostly rounding"),
         false => HopperBackwardConfig::of(problem),
     };
-    let (hopper_backward, backward) = match form {
-        Ok((tiles, why)) => (Some(tiles), format!("{tiles}: {why}")),
+    let (one_pass, backward) = match form {
+        Ok((tiles, why)) => (Some(OnePassBackward::Hopper(tiles)), format!("{tiles}: {why}")),
         Err(what) => (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason)),
     };
     let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {backward}");
-    Ok(Selection { kernel, hopper: Some(tiles), hopper_backward, reason, ..rest })
+    Ok(Selection { kernel, hopper: Some(tiles), one_pass, reason, ..rest })
 }
 
-fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+/// The backward of the matrix kernels.
+#[derive(Clone, Copy)]
+enum Passes {
+    /// Keys and queries apart.
+    Two,
+    /// Together where there is a form for it, which has not been run on a device yet: only for who asks by name.
+    OneIfPossible,
+}
+
+fn select_mma(
+    problem: &Problem,
+    limits: &DeviceLimits,
+    why_kernel: &str,
+    passes: Passes,
+) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
-    kernel.check_options(problem)?;
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
-    if problem.bias.is_some() || problem.alibi || problem.learned_sinks {
+    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
         // Their gradients are taken by the portable kernels.
         portable::check_limits(problem, limits, config)?;
     }
-    Ok(Selection {
-        kernel,
-        config,
-        mma: Some(tiles),
-        hopper: None,
-        hopper_backward: None,
-        reason: format!("{kernel}: {why_kernel}; {tiles}: {why}"),
-    })
+    let mut reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
+    let one_pass = match (passes, OnePass::of(problem, limits)) {
+        (Passes::Two, _) => None,
+        (Passes::OneIfPossible, Ok((of, why))) => {
+            reason += &format!("; backward: {of}: {why}");
+            Some(OnePassBackward::Mma(of))
+        }
+        (Passes::OneIfPossible, Err(what)) => {
+            reason += &format!("; backward in two passes, for there is no other with {what}");
+            None
+        }
+    };
+    Ok(Selection { kernel, config, mma: Some(tiles), hopper: None, one_pass, reason })
 }
 
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let kernel = Kernel::Portable;
     let (config, why) = portable_tile(problem, limits);
-    kernel.check_options(problem)?;
     portable::check_limits(problem, limits, config)?;
     Ok(Selection {
         kernel,
         config,
         mma: None,
         hopper: None,
-        hopper_backward: None,
+        one_pass: None,
         reason: format!("{kernel}: {why_kernel}; {config}: {why}"),
     })
 }
@@ -213,6 +247,7 @@ mod tests {
     use crate::block_plan::{PlanShape, TileSize};
     use crate::mask::Band;
     use crate::problem::Element;
+    use crate::score::{Alibi, ScoreCode, ScoreUse};
 
     fn limits() -> DeviceLimits {
         DeviceLimits {
@@ -323,7 +358,7 @@ mod tests {
             let by_name = select(&problem, &h200(), KernelChoice::Hopper);
             assert_eq!(by_name.is_ok(), named, "{d}, {dv}");
             for selection in [Ok(chosen), by_name].into_iter().flatten() {
-                let hopper = (selection.hopper.is_some(), selection.hopper_backward.is_some());
+                let hopper = (selection.hopper.is_some(), selection.one_pass.is_some());
                 assert_eq!(hopper, (named, named && d.max(dv) <= 128), "{d}, {dv}");
             }
         }
@@ -349,12 +384,36 @@ mod tests {
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
         let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
         let few = select(&few, &h200(), KernelChoice::Hopper).unwrap();
-        assert!(few.hopper_backward.is_none() && few.reason.contains("so few keys"), "{}", few.reason);
+        assert!(few.one_pass.is_none() && few.reason.contains("so few keys"), "{}", few.reason);
         for unproven in [planned, whole] {
             let auto = select(&unproven, &h200(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
             assert!(auto.reason.contains("since it was rewritten"), "{}", auto.reason);
         }
+    }
+
+    #[test]
+    fn score_functions_go_to_the_portable_kernels_unless_another_is_named() {
+        let score = ScoreUse { code: ScoreCode::of::<Alibi>(), parameters: 2 };
+        let problem = |element| Problem { score: Some(score), ..problem(300, element) };
+        let auto = select(&problem(Element::BF16), &h200(), KernelChoice::Auto).unwrap();
+        assert_eq!((auto.kernel, auto.mma), (Kernel::Portable, None));
+        assert!(auto.reason.contains("have not been run on a device yet"), "{}", auto.reason);
+        let named = |choice, kernel| {
+            let named = select(&problem(Element::BF16), &h200(), choice).unwrap();
+            assert_eq!((named.kernel, named.mma.is_some()), (kernel, true));
+            named
+        };
+        named(KernelChoice::Mma, Kernel::Mma);
+        assert!(!named(KernelChoice::Hopper, Kernel::Hopper).hopper.unwrap().plain);
+        let narrow = Problem { head_dim: 64, value_dim: 64, ..problem(Element::BF16) };
+        let narrow = select(&narrow, &h200(), KernelChoice::Hopper).unwrap();
+        let Some(OnePassBackward::Hopper(backward)) = narrow.one_pass else { panic!("{:?}", narrow.one_pass) };
+        assert!(!backward.plain);
+        // The gradient of the parameters is the portable kernels', whose limits therefore hold.
+        let cramped = DeviceLimits { max_iterations: 1, ..h200() };
+        let error = select(&problem(Element::BF16), &cramped, KernelChoice::Mma).unwrap_err().to_string();
+        assert!(error.contains("portable kernel: expected at most 1 loop iterations"), "{error}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ impl Plan {
     /// Whether the backward asks the forward for more than the output and the log-sum-exp.
     pub(crate) fn keeps_rest(&self) -> bool {
         #[cfg(feature = "cubecl-backend")]
-        let keeps = self.selection.as_ref().is_some_and(|selection| selection.hopper_backward.is_some());
+        let keeps = self.selection.as_ref().is_some_and(|selection| selection.one_pass.is_some());
         #[cfg(not(feature = "cubecl-backend"))]
         let keeps = false;
         keeps

@@ -13,7 +13,7 @@ use flashover_kernels::hopper;
 use flashover_kernels::mma::{self, MmaConfig};
 use flashover_kernels::operands::{Gradients, Operands, Wanted};
 use flashover_kernels::portable;
-use flashover_kernels::select::{Kernel, Selection};
+use flashover_kernels::select::{Kernel, OnePassBackward, Selection};
 
 use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
 
@@ -56,10 +56,10 @@ impl AttentionBackend for CubeBackend {
         let (problem, blocks) = (&plan.problem, place.blocks(&plan));
         let blocks = blocks.as_ref();
         let ForwardState { o, lse, rest } = state;
-        let in_one_pass = selection.hopper_backward.zip(rest.into_option()).filter(|_| wanted.operands_together());
+        let in_one_pass = selection.one_pass.zip(rest.into_option()).filter(|_| wanted.operands_together());
         let (q, k, v, do_) = match in_one_pass {
-            Some(_) => (copied_in(q), copied_in(k), copied_in(v), copied_in(do_)),
-            None => (q, k, v, do_),
+            Some((OnePassBackward::Hopper(_), _)) => (copied_in(q), copied_in(k), copied_in(v), copied_in(do_)),
+            _ => (q, k, v, do_),
         };
         let operands = operands(q, k, v, extras);
         let outputs = Outputs {
@@ -74,8 +74,8 @@ impl AttentionBackend for CubeBackend {
             Kernel::Portable => portable(wanted),
             Kernel::Mma | Kernel::Hopper => {
                 let of = match in_one_pass {
-                    Some((tiles, rest)) => {
-                        hopper::backward(&place.client, problem, &operands, &outputs, blocks, on_device(rest), tiles)
+                    Some((pass, rest)) => {
+                        pass.run(&place.client, problem, &operands, &outputs, blocks, on_device(rest))
                     }
                     None => {
                         let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));
@@ -127,7 +127,7 @@ fn forward(
             portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config).map(without_rest)
         }
         Kernel::Mma => {
-            mma::forward(&place.client, problem, &operands, blocks, with_lse, matrix_tiles(selection)).map(without_rest)
+            mma::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, matrix_tiles(selection))
         }
         Kernel::Hopper => {
             let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");

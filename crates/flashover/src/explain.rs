@@ -89,6 +89,7 @@ pub fn explain(
     };
     #[cfg(feature = "cubecl-backend")]
     if let Some(selection) = &plan.selection {
+        use flashover_kernels::select::OnePassBackward;
         let step = |cost: cost::Cost| Step {
             launch: Launch {
                 kernel: cost.kernel,
@@ -105,15 +106,17 @@ pub fn explain(
         answer.reason = selection.reason.clone();
         let forward = match (selection.hopper, selection.mma) {
             (Some(tiles), _) => cost::hopper_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
-            (None, Some(tiles)) => cost::mma_forward(problem, tiles, tracked),
+            (None, Some(tiles)) => cost::mma_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
             (None, None) => cost::portable_forward(problem, selection.config, tracked),
         };
         answer.forward = forward.into_iter().map(step).collect();
         if tracked {
             let backward = match selection.mma {
                 Some(tiles) => {
-                    let mut costs = match selection.hopper_backward.filter(|_| wanted.operands_together()) {
-                        Some(tiles) => cost::hopper_backward(problem, tiles, false),
+                    let mut costs = match selection.one_pass.filter(|_| wanted.operands_together()) {
+                        Some(OnePassBackward::Hopper(tiles)) => cost::hopper_backward(problem, tiles, false),
+                        Some(OnePassBackward::Mma(of)) => cost::mma_one_pass(problem, of, false),
+                        Some(other) => unreachable!("the boundary selects no {other:?}"),
                         None => cost::mma_backward(problem, tiles, wanted, false),
                     };
                     let rest = wanted.parameters();

@@ -36,6 +36,7 @@ use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::{global_address, ticket, value_of};
 use crate::family::walk::{Step, query_band_step};
+use crate::score::ScoreCode;
 
 /// Warps of the warpgroups that compute, each of which arrives at a barrier once.
 const WARPS: u32 = 8;
@@ -60,6 +61,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     factor: f32,
     section: u32,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
     #[define(E)] _dtype: ElemType,
     #[define(NS)] _ns: usize,
@@ -134,7 +136,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
             let gates = gates(&all, cfg);
             let steps = steps_of(&own, tile, cfg);
             differentiate_tiles::<E, NS, NQ, NP>(
-                places, &gates, &rows, &mut sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, cfg,
+                places, &gates, &rows, &mut sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, function, cfg,
             );
         }
         let (dk_text, dv_text) = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
@@ -186,6 +188,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     n: Numbers,
     factor: f32,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     let stages = comptime!(cfg.stages());
@@ -213,7 +216,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         let mut slopes = Vector::<u32, NP>::new(0u32);
         if comptime!(!cfg.plain) {
             let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
-            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, bias, n, with_bias, cfg);
+            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
         }
         weigh::<NS>(&mut s, rows, row, factor, cfg);
         if !step.full {
@@ -235,7 +238,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
             drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);
         }
         // While weights are still in f32: rounded ones would round ds twice.
-        let ds = differentiate::<NS, NP>(dp, s, slopes, rows, row, n, cfg);
+        let ds = differentiate::<NS, NP>(dp, s, slopes, rows, row, n, comptime!(function.is_some()), cfg);
         if comptime!(!cfg.plain) {
             // By what they grow dv is multiplied.
             drop_elements::<NS>(&mut s, keys, rows, row, n, false, cfg);

@@ -38,8 +38,9 @@ impl HopperBackwardConfig {
 
     /// Tiles for a problem, and why; or what the kernel has no form for.
     pub fn of(problem: &Problem) -> Result<(Self, &'static str), &'static str> {
-        let Problem { head_dim, value_dim, element, softcap, alibi, bias, mask, dropout, plan, .. } = *problem;
-        let plain = !(softcap.is_some() || alibi || bias.is_some() || mask.is_some() || dropout.is_some());
+        let Problem { head_dim, value_dim, element, softcap, alibi, bias, score, mask, dropout, plan, .. } = *problem;
+        let shaped = softcap.is_some() || alibi || bias.is_some() || score.is_some();
+        let plain = !(shaped || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim);
         let (Some(head_dim), Some(value_dim)) = (padded(head_dim), padded(value_dim)) else {
             return Err("head dimensions above 128");

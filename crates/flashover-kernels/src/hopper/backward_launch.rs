@@ -129,6 +129,7 @@ pub fn backward(
             problem.scale as f32 * core::f32::consts::LOG2_E,
             section as u32,
             bias.is_some(),
+            problem.score.map(|score| score.code),
             cfg,
             q.elem,
             ns,

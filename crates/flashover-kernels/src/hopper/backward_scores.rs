@@ -8,8 +8,9 @@ use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position};
 use crate::family::ptx::{exp2, pack, unpack};
+use crate::family::score_function::{function_derivative, with_function};
 use crate::family::walk::Step;
-use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
+use crate::score::{Alibi, Bias, Position, ScoreCode, ScoreFunction, Softcap};
 
 /// A thread's rows: keys `j` and `j + 8`; columns `column` and the next of every 8 queries.
 #[derive(CubeType, Clone, Copy)]
@@ -48,7 +49,7 @@ pub(crate) fn weigh<N: Size>(
     }
 }
 
-/// Gradients of products, `p ∘ (dp − delta)` and times the derivative of the softcap, packed.
+/// Gradients of products, `p ∘ (dp − delta)` and times the derivative of the softcap and of the user's function, packed.
 #[cube]
 pub(crate) fn differentiate<N: Size, P: Size>(
     dp: Accumulator<N>,
@@ -57,6 +58,7 @@ pub(crate) fn differentiate<N: Size, P: Size>(
     rows: &Statistics,
     row: usize,
     n: Numbers,
+    #[comptime] with_function: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) -> Vector<u32, P> {
     let first = row + comptime!(cfg.bq / 2);
@@ -72,8 +74,14 @@ pub(crate) fn differentiate<N: Size, P: Size>(
             let mut high = p.extract(f) * (dp.extract(f) - delta.extract(1usize));
             if comptime!(!cfg.plain) {
                 let (slope_low, slope_high) = unpack(slopes.extract(y), cfg.element);
-                low = select(n.softcap > 0.0f32, low * slope_low, low);
-                high = select(n.softcap > 0.0f32, high * slope_high, high);
+                if with_function {
+                    // Where the key is hidden, by a value of −∞ or otherwise, the derivative may be anything.
+                    low *= select(p.extract(e) == 0.0f32, 0.0f32, slope_low);
+                    high *= select(p.extract(f) == 0.0f32, 0.0f32, slope_high);
+                } else {
+                    low = select(n.softcap > 0.0f32, low * slope_low, low);
+                    high = select(n.softcap > 0.0f32, high * slope_high, high);
+                }
             }
             ds.insert(y, pack(low, high, cfg.element));
         }
@@ -161,17 +169,22 @@ pub(crate) fn hide_unlisted<N: Size>(
     }
 }
 
-/// Products become scores: scale, then softcap, then ALiBi and bias, with one branch an option. Returns the derivative of the
-/// softcap for each, packed; without one it means nothing.
+/// Products become scores: scale, then softcap, then ALiBi and bias, with one branch an option, then the user's function. Returns
+/// the derivative of the softcap for each, times that of the function, packed; without either it means nothing.
+///
+/// Packed, it costs `ds` one more rounding to 16 bits beside its own, two with both. In f32 it would take the registers of a
+/// product, or what hides behind the product for `dp` would have to wait for it.
 #[cube]
 pub(crate) fn shape_scores<E: Float, N: Size, P: Size>(
     s: &mut Accumulator<N>,
     keys: KeyRows,
     i0: u32,
     at: Head,
+    scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
 ) -> Vector<u32, P> {
     let mut slopes = Vector::<u32, P>::new(0u32);
@@ -211,7 +224,40 @@ pub(crate) fn shape_scores<E: Float, N: Size, P: Size>(
             s.insert(e, Bias::value(s.extract(e), here, f32::cast_from(b)));
         }
     }
+    if comptime!(function.is_some()) {
+        #[unroll]
+        for x in 0..comptime!(cfg.bq / 4) {
+            let (cap_low, cap_high) = unpack(slopes.extract(x), cfg.element);
+            let low = apply_function::<N>(s, keys, i0, at, scratch, n, comptime!(2 * x), function);
+            let high = apply_function::<N>(s, keys, i0, at, scratch, n, comptime!(2 * x + 1), function);
+            let low = select(n.softcap > 0.0f32, low * cap_low, low);
+            let high = select(n.softcap > 0.0f32, high * cap_high, high);
+            slopes.insert(x, pack(low, high, cfg.element));
+        }
+    }
     slopes
+}
+
+/// An element becomes the user's function's value there; returns the derivative. A query past the end has none: −∞, which
+/// its weight is 0 of, whatever the function makes of a place that does not exist.
+#[cube]
+fn apply_function<N: Size>(
+    s: &mut Accumulator<N>,
+    keys: KeyRows,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] e: usize,
+    #[comptime] function: Option<ScoreCode>,
+) -> f32 {
+    let i = i0 + keys.column + comptime!((8 * (e / 4) + e % 2) as u32);
+    let j = keys.j + comptime!(8 * ((e / 2) % 2) as u32);
+    let before = s.extract(e);
+    let value = with_function(before, i, j, at, scratch, n, function);
+    let slope = function_derivative(before, i, j, at, scratch, n, comptime!(function.unwrap()));
+    s.insert(e, select(i < n.seq_q, value, n.minus_infinity));
+    slope
 }
 
 /// Where element `e` of a thread's scores stands.

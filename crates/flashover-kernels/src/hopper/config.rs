@@ -61,6 +61,7 @@ impl HopperConfig {
             softcap,
             alibi,
             bias,
+            score,
             mask,
             plan,
             learned_sinks,
@@ -69,7 +70,7 @@ impl HopperConfig {
             element,
             ..
         } = *problem;
-        let shaped = softcap.is_some() || alibi || bias.is_some() || learned_sinks || scale <= 0.0;
+        let shaped = softcap.is_some() || alibi || bias.is_some() || score.is_some() || learned_sinks || scale <= 0.0;
         let plain = !(shaped || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim).unwrap_or(dim);
         let config = HopperConfig {

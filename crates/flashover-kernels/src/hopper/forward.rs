@@ -24,6 +24,7 @@ use super::store::{self, Factors, store_rows};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::value_of;
 use crate::family::walk::Step;
+use crate::score::ScoreCode;
 
 /// What a forward writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -51,6 +52,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     section: u32,
     factor: f32,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
     #[define(E)] _dtype: ElemType,
@@ -98,7 +100,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if group == comptime!(cfg.consumers as u32 - 1) {
             named_arrive(1u32, comptime!(2 * WARPGROUP as u32));
         }
-        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, &mut rest, n, with_bias, written, cfg);
+        attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, &mut rest, n, with_bias, function, written, cfg);
     }
 }
 
@@ -155,6 +157,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
@@ -172,7 +175,8 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
         barrier_arrive(address_at(&consumer.free.k, 0u32, cfg.stages), consumer.leader);
         let mut rows = rows_start(n);
-        weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, consumer.factor, with_bias, true, cfg);
+        let factor = consumer.factor;
+        weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, factor, with_bias, function, true, cfg);
         let mut p = packed::<NS, NP>(s, cfg);
         let mut out = Accumulator::<NO>::new(0.0f32);
         advance(&mut keys, comptime!(cfg.stages as u32));
@@ -201,6 +205,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
                 rest,
                 n,
                 with_bias,
+                function,
                 written,
                 cfg,
             );
@@ -236,6 +241,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     rest: &mut ComptimeOption<Box<[Vector<u32, Const<2>>]>>,
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
@@ -283,9 +289,22 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
     let (tile, factor) = (carried.tile, consumer.factor);
     if comptime!(cfg.plain) && told.step.full {
-        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, false, cfg);
+        weigh::<E, NS>(
+            s,
+            &mut carried.rows,
+            tile,
+            told.step,
+            scratch,
+            bias,
+            n,
+            factor,
+            with_bias,
+            function,
+            false,
+            cfg,
+        );
     } else {
-        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, true, cfg);
+        weigh::<E, NS>(s, &mut carried.rows, tile, told.step, scratch, bias, n, factor, with_bias, function, true, cfg);
     }
     let (l0, l1) = (value_of::<f32>(carried.rows.l0), value_of::<f32>(carried.rows.l1));
     *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
@@ -441,13 +460,14 @@ fn weigh<E: Float, N: Size>(
     n: Numbers,
     factor: f32,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] masked: bool,
     #[comptime] cfg: HopperConfig,
 ) {
     let place = place_in(tile);
     if comptime!(!cfg.plain) {
         let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
-        shape_scores::<E, N>(s, place, step, at, bias, n, with_bias, cfg.bk);
+        shape_scores::<E, N>(s, place, step, at, scratch, bias, n, with_bias, function, cfg.bk);
     }
     if masked && !step.full {
         let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);

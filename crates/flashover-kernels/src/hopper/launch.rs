@@ -70,6 +70,7 @@ pub fn forward(
             section(problem, cfg, cubes) as u32,
             scale * core::f32::consts::LOG2_E,
             problem.bias.is_some(),
+            problem.score.map(|score| score.code),
             Written { with_lse, with_rest, whole: problem.value_dim == cfg.value_dim },
             cfg,
             q.elem,

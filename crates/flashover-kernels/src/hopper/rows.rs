@@ -9,8 +9,9 @@ use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
 use crate::family::element::{Head, Numbers, position, row_hash};
 use crate::family::ptx::{exp2, value_of};
+use crate::family::score_function::with_function;
 use crate::family::walk::Step;
-use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
+use crate::score::{Alibi, Bias, Position, ScoreCode, ScoreFunction, Softcap};
 
 /// Growth of the maximum, in powers of 2, up to which what was accumulated is not rescaled (FlashAttention-4's conditional
 /// rescaling): weights then reach 2⁸, which every 16-bit type holds without loss of precision.
@@ -143,16 +144,19 @@ fn seen_bits(
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
-/// but with one branch an option and not one an element: the compiler takes minutes over the latter.
+/// but with one branch an option and not one an element: the compiler takes minutes over the latter. The user's function
+/// comes last; past the ends its values are dropped with the queries, or hidden with the keys.
 #[cube]
 pub(crate) fn shape_scores<E: Float, N: Size>(
     s: &mut Accumulator<N>,
     place: Place,
     step: Step,
     at: Head,
+    scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
     #[comptime] bk: usize,
 ) {
     #[unroll]
@@ -182,6 +186,14 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
             let j = min(here.j as u32, n.seq_kv - 1);
             let b = bias[at.bias_at + i as usize * rows + j as usize * columns];
             s.insert(e, Bias::value(s.extract(e), here, f32::cast_from(b)));
+        }
+    }
+    if comptime!(function.is_some()) {
+        #[unroll]
+        for e in 0..comptime!(bk / 2) {
+            let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
+            let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
+            s.insert(e, with_function(s.extract(e), i, j, at, scratch, n, function));
         }
     }
 }

@@ -173,6 +173,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                                 bias,
                                 n,
                                 with_bias,
+                                c,
                             );
                             p.insert(z, where_kept(weight, hash, j, n));
                             ds.insert(z, gradient);

@@ -166,6 +166,7 @@ pub(crate) fn backward_queries_kernel<E: Float>(
                             bias,
                             n,
                             with_bias,
+                            c,
                         );
                         p.insert(z, weight);
                         ds.insert(z, gradient);

@@ -5,6 +5,7 @@ use crate::block_plan::TileSize;
 use crate::device::DeviceTensor;
 use crate::family::tile_shape::TileShape;
 use crate::problem::{Element, Problem};
+use crate::score::ScoreCode;
 
 /// Rows of one matrix instruction.
 pub(crate) const ROWS: usize = 16;
@@ -169,13 +170,15 @@ pub(crate) struct Compiled {
     pub do_pieces: bool,
     /// Whether a score is more than a product by a positive scale, or its probability is dropped.
     pub options: bool,
+    /// The user's score function: one of the options.
+    pub function: Option<ScoreCode>,
     /// Whether this is a backward with fewer keys than [`FEW_KEYS`].
     pub few_keys: bool,
 }
 
 impl Compiled {
     pub fn of(problem: &Problem, tile: MmaTile, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
-        let Problem { element, head_dim, value_dim, scale, softcap, alibi, dropout, .. } = *problem;
+        let Problem { element, head_dim, value_dim, scale, softcap, alibi, score, dropout, .. } = *problem;
         Compiled {
             tile,
             element,
@@ -189,8 +192,10 @@ impl Compiled {
             options: softcap.is_some()
                 || alibi
                 || problem.bias.is_some()
+                || score.is_some()
                 || dropout.is_some()
                 || scale as f32 <= f32::MIN_POSITIVE,
+            function: score.map(|score| score.code),
             few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS,
         }
     }

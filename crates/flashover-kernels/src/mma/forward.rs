@@ -135,7 +135,7 @@ pub(crate) fn forward_kernel<E: Float>(
 
             let column = step.j0 + column + comptime!((number * tile.part) as u32);
             if comptime!(c.options) {
-                all_scores::<E>(&mut s, row, column, at, bias, n, with_bias, Side::Queries, part);
+                all_scores::<E>(&mut s, row, column, at, scratch, bias, n, with_bias, Side::Queries, part);
             }
             if !step.full {
                 let mut none = Array::<Sums>::new(1usize);

@@ -75,8 +75,8 @@ pub fn forward(
 }
 
 /// Attention backward: those of `dq`, `dk` and `dv` that are [`Wanted`], contiguous, each in the shape and element type of its
-/// operand. Gradients of the bias, the slopes and the sinks are the portable kernels' business: they are `None` here. `plan` as in
-/// [`forward`].
+/// operand. Gradients of the bias, the slopes, the sinks and a score function's parameters are the portable kernels' business: they
+/// are `None` here. `plan` as in [`forward`].
 pub fn backward(
     client: &Client,
     problem: &Problem,

@@ -31,4 +31,5 @@ pub(crate) use config::FEW_KEYS;
 pub use config::{MmaConfig, MmaTile};
 pub use launch::{backward, forward};
 pub(crate) use launch::{backward_scratch_bytes, keys_fused};
+pub(crate) use one_pass_launch::ROW_UNITS;
 pub use one_pass_launch::{OnePass, backward_one_pass};

@@ -186,6 +186,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
                                 bias,
                                 n,
                                 with_bias,
+                                c,
                             );
                             p.insert(z, where_kept(weight, hash, j, n));
                             ds.insert(z, gradient);

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::config::{COLS, Compiled, ROWS};
 use super::ptx::Sums;
 use crate::family::element::{Head, Numbers, in_reach, reach_of, score, sees};
+use crate::family::score_function::with_function;
 use crate::family::walk::{Side, Step};
 
 /// Rows and columns of element `z` of block of sums `x` within a warp's part of a tile, less this lane's own. Blocks are
@@ -18,7 +19,7 @@ pub(crate) const fn row_index(x: usize, z: usize, col_blocks: usize) -> usize {
     place(x, z, col_blocks).0 / 8
 }
 
-/// Turns products into scores. `row` and `column` are this lane's first of the tile: a query and a key if the tile lies on the
+/// Turns products into scores, the user's function last. `row` and `column` are this lane's first of the tile: a query and a key if the tile lies on the
 /// side of queries, else the other way round.
 #[cube]
 pub(crate) fn all_scores<E: Float>(
@@ -26,6 +27,7 @@ pub(crate) fn all_scores<E: Float>(
     row: u32,
     column: u32,
     at: Head,
+    scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
     #[comptime] with_bias: bool,
@@ -42,7 +44,8 @@ pub(crate) fn all_scores<E: Float>(
             let (i, j) = query_and_key(row, column, x, z, side, c);
             // A bias has no element outside the scores.
             if !with_bias || (i < n.seq_q && j < n.seq_kv) {
-                scores.insert(z, score::<E>(products.extract(z), i, j, at, bias, n, with_bias));
+                let x = score::<E>(products.extract(z), i, j, at, bias, n, with_bias);
+                scores.insert(z, with_function(x, i, j, at, scratch, n, c.function));
             }
         }
         s[x] = scores;

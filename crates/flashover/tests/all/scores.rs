@@ -1,22 +1,30 @@
 //! Score functions of a user's: values, every gradient, and that of their parameters, beside every other option.
 
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+#[cfg(feature = "cuda")]
+use flashover::SparsePlan;
 use flashover::kernels::block_plan::TileSize;
+use flashover::kernels::cubecl;
+use flashover::kernels::cubecl::prelude::{CubeType, cube, select};
 use flashover::kernels::dropout::Dropout;
 use flashover::kernels::mask::{Band, Extent, UNBOUNDED};
 use flashover::kernels::problem::{Element, Problem};
-use flashover::kernels::score::ScoreUse;
+use flashover::kernels::score::{Position, ScoreFunction, ScoreUse};
+use flashover::kernels::select::KernelChoice;
 use flashover::{AttentionOptions, attention};
 use flashover_testing::bridge;
 use flashover_testing::data::{Case, Inputs, Rng};
 use flashover_testing::score::{Buckets, Waves, with_buckets, with_waves};
 use flashover_testing::sparse::{SparseCase, combination};
 use flashover_testing::strategy::cases;
+use flashover_testing::tolerance::References;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use crate::devices;
 use crate::grid::check;
+#[cfg(feature = "cuda")]
+use crate::grid::{Call, check_call};
 use crate::sparse;
 
 fn with_function(n: usize, problem: Problem) -> Problem {
@@ -42,9 +50,13 @@ fn random_problems_agree_on_flex() {
 
 /// Four tiles of 32 a side, not all whole, with each of the other options.
 fn gpu_case(n: usize, element: Element) -> Case {
+    sized_case(n, element, [100 + 7 * (n % 4), 139 - 11 * (n % 3)], [16, 24])
+}
+
+/// So many queries and keys, and such head dimensions, with each of the other options.
+fn sized_case(n: usize, element: Element, [q, k]: [usize; 2], [d, dv]: [usize; 2]) -> Case {
     let [b, hq, hkv] = [[2, 4, 2], [1, 2, 1], [2, 2, 2]][n % 3];
-    let (q, k) = (100 + 7 * (n % 4), 139 - 11 * (n % 3));
-    let plain = Problem::new([b, hq, q, 16], [b, hkv, k, 16], [b, hkv, k, 24], element).expect("sound");
+    let plain = Problem::new([b, hq, q, d], [b, hkv, k, d], [b, hkv, k, dv], element).expect("sound");
     let problem = match n % 8 {
         0 | 1 => plain,
         2 => Problem { band: Band { causal: true, left: 50, right: UNBOUNDED, sinks: 20 }, ..plain },
@@ -69,6 +81,76 @@ fn every_option_agrees_on_the_gpu() {
         true => all_agree((0..4).map(|n| gpu_case(n, Element::F16)), &[device]),
         false => devices::skip("scores::every_option_agrees_on_the_gpu", "the GPU has no f16"),
     }
+}
+
+/// What the matrix kernels are asked for with score functions, which `Auto` does not do: those of the portable kernels, and
+/// several of their own tiles a side.
+#[cfg(feature = "cuda")]
+fn matrix_cases() -> impl Iterator<Item = Case> {
+    let element = |n: usize| [Element::BF16, Element::F16][n / 8 % 2];
+    let long = (0..8).map(move |n| sized_case(n, element(8 * n), [300 + 9 * n, 410 - 7 * n], [64, 64]));
+    (0..16).map(move |n| gpu_case(n, element(n))).chain(long)
+}
+
+#[cfg(feature = "cuda")]
+fn matrix_kernels_agree(kernel: KernelChoice) {
+    let device = devices::gpu().expect("a CUDA build has one");
+    let call = Call { kernel, twice: true, ..Call::default() };
+    let failures: Vec<String> =
+        matrix_cases().filter_map(|case| check_call(&case, call, std::slice::from_ref(&device)).err()).collect();
+    assert!(failures.is_empty(), "{} cases failed, the first:\n{}", failures.len(), failures[0]);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn every_option_agrees_by_mma() {
+    matrix_kernels_agree(KernelChoice::Mma);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn every_option_agrees_by_hopper() {
+    matrix_kernels_agree(KernelChoice::Hopper);
+}
+
+/// On Hopper the backward is then the kernels' of `mma`.
+#[cfg(feature = "cuda")]
+#[test]
+fn plans_and_score_functions_agree_by_the_matrix_kernels() {
+    let device = devices::gpu().expect("a CUDA build has one").autodiff();
+    let mut rng = Rng::new(22);
+    for (n, kernel) in (0..8).flat_map(|n| [(n, KernelChoice::Mma), (n, KernelChoice::Hopper)]) {
+        let case = sized_case(n, Element::BF16, [300, 410], [64, 64]);
+        let tile = TileSize { bq: 128, bk: 128 };
+        let mask = combination(Extent::from(&case.problem), TileSize { bq: 16, bk: 16 }, &mut rng);
+        let case = SparseCase { case, mask, tile };
+        let (plan, inputs) = (SparsePlan::from(case.plan()), case.case.inputs());
+        let (problem, dense) = case.dense(&inputs);
+        let references = References::of(&problem, &dense);
+        let more = |options: AttentionOptions| options.plan(&plan).kernel(kernel);
+        let results = bridge::run_with(&case.case.problem, &inputs, case.case.lse_gradient, &device, more);
+        let results = results.expect("sound");
+        let checked = references.check_forward(&results.o, &results.lse);
+        checked
+            .and_then(|_| references.check_gradients(results.gradients))
+            .unwrap_or_else(|message| panic!("case {n} by {kernel:?}: {message}"));
+    }
+}
+
+/// Every implementation in the build: the device, the kernel that it is asked for, and an element type that it takes.
+fn implementations() -> Vec<(Device, KernelChoice, Element)> {
+    #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+    let mut all: Vec<_> =
+        devices::native().into_iter().map(|device| (device, KernelChoice::Auto, Element::F32)).collect();
+    #[cfg(feature = "cuda")]
+    for kernel in [KernelChoice::Mma, KernelChoice::Hopper] {
+        all.push((devices::gpu().expect("a CUDA build has one"), kernel, Element::BF16));
+    }
+    all
+}
+
+fn dtype(element: Element) -> DType {
+    if element == Element::BF16 { DType::BF16 } else { DType::F32 }
 }
 
 #[test]
@@ -103,22 +185,23 @@ fn a_large_table_agrees() {
 /// Entries of −∞ hide, as they do in a bias.
 #[test]
 fn a_score_of_minus_infinity_is_hidden() {
-    let plain = Problem::new([1, 2, 70, 8], [1, 2, 90, 8], [1, 2, 90, 8], Element::F32).expect("sound");
-    let case = Case::new(with_buckets(plain), 3);
-    let mut inputs = case.inputs();
-    let table = inputs.operands.score_parameters.as_mut().expect("a table");
-    // Head 0 sees no key within a distance of 7, head 1 none before the query.
-    (0..8).chain(17..24).for_each(|bucket| table[bucket] = f64::NEG_INFINITY);
-    (1..16).for_each(|bucket| table[32 + bucket] = f64::NEG_INFINITY);
-    // Their values then do not matter.
-    let everywhere = devices::native().into_iter().chain(devices::chunked().into_iter().map(|(_, device)| device));
-    for device in everywhere {
-        let references = flashover_testing::tolerance::References::of(&case.problem, &inputs);
-        let results = bridge::run(&case.problem, &inputs, true, &device.clone().autodiff()).expect("sound");
+    let composed = devices::chunked().into_iter().map(|(_, device)| (device, KernelChoice::Auto, Element::F32));
+    for (device, kernel, element) in implementations().into_iter().chain(composed) {
+        let plain = Problem::new([1, 2, 70, 8], [1, 2, 90, 8], [1, 2, 90, 8], element).expect("sound");
+        let case = Case::new(with_buckets(plain), 3);
+        let mut inputs = case.inputs();
+        let table = inputs.operands.score_parameters.as_mut().expect("a table");
+        // Head 0 sees no key within a distance of 7, head 1 none before the query.
+        (0..8).chain(17..24).for_each(|bucket| table[bucket] = f64::NEG_INFINITY);
+        (1..16).for_each(|bucket| table[32 + bucket] = f64::NEG_INFINITY);
+        let references = References::of(&case.problem, &inputs);
+        let tracking = device.clone().autodiff();
+        let results = bridge::run_with(&case.problem, &inputs, true, &tracking, |options| options.kernel(kernel));
+        let results = results.expect("sound");
         let checked = references.check_forward(&results.o, &results.lse);
         checked
             .and_then(|_| references.check_gradients(results.gradients))
-            .unwrap_or_else(|m| panic!("{m}\n{device:?}"));
+            .unwrap_or_else(|m| panic!("{m}\n{device:?} by {kernel:?}"));
     }
 }
 
@@ -254,19 +337,74 @@ fn without_keys_or_queries_there_is_nothing_to_score() {
 /// A NaN among the parameters reaches the rows that read it, and no others.
 #[test]
 fn a_parameter_of_nan_reaches_only_who_reads_it() {
-    for device in devices::native() {
-        let q = Tensor::<4>::ones([1, 2, 70, 8], &device).cumsum(2).sin();
+    for (device, kernel, element) in implementations() {
+        let q = Tensor::<4>::ones([1, 2, 70, 8], &device).cumsum(2).sin().cast(dtype(element));
         let mut table = vec![0.0f32; 64];
         // Head 1, distances of 91 and more, which only the last queries have; and a parameter that nobody reads.
         (table[32 + 15], table[31]) = (f32::NAN, f32::NAN);
-        let k = Tensor::<4>::ones([1, 2, 100, 8], &device).cumsum(2).cos();
+        let k = Tensor::<4>::ones([1, 2, 100, 8], &device).cumsum(2).cos().cast(dtype(element));
         let table = Tensor::<1>::from_data(TensorData::new(table, [64]), &device);
-        let options = AttentionOptions::new().causal().score_function(Buckets, table);
+        let options = AttentionOptions::new().causal().kernel(kernel).score_function(Buckets, table);
         let o: Vec<f32> = attention(q, k.clone(), k, &options).expect("sound").into_data().iter().collect();
         for (row, o) in o.chunks(8).enumerate() {
             // Query i stands at i + 30.
             let reads = row >= 70 && row - 70 + 30 >= 91;
-            assert_eq!(o[0].is_nan(), reads, "row {row} on {device:?}: {o:?}");
+            assert_eq!(o[0].is_nan(), reads, "row {row} on {device:?} by {kernel:?}: {o:?}");
+        }
+    }
+}
+
+/// A number of a table for each key and each query, by turns.
+struct PerPlace;
+
+#[cube]
+impl ScoreFunction for PerPlace {
+    fn parameter(at: Position) -> u32 {
+        select(at.j % 2 == 0, at.j, at.a) as u32
+    }
+
+    fn value(s: f32, _at: Position, parameter: f32) -> f32 {
+        s + parameter
+    }
+
+    fn derivative(_s: f32, _at: Position, parameter: f32) -> f32 {
+        // NaN where the parameter is.
+        1.0f32 + parameter * 0.0f32
+    }
+
+    fn parameter_derivative(_s: f32, _at: Position, _parameter: f32) -> f32 {
+        1.0f32
+    }
+}
+
+/// Tiles reach past the queries and the keys, where no parameter is: the NaN that is read there reaches nobody.
+#[test]
+fn what_lies_past_the_ends_reaches_nobody() {
+    const LENGTH: usize = 100;
+    for (device, kernel, element) in implementations() {
+        let device = device.autodiff();
+        let x = || Tensor::<4>::ones([1, 2, LENGTH, 8], &device).cumsum(2).cast(dtype(element));
+        // Numbers that every element type holds.
+        let entry = |n: usize| (n * 5 % 9) as f32 / 4.0 - 1.0;
+        let table: Vec<f32> = (0..LENGTH).map(entry).collect();
+        let places = (0..LENGTH * LENGTH).map(|at| (at / LENGTH, at % LENGTH));
+        let bias: Vec<f32> = places.map(|(i, j)| entry(if j % 2 == 0 { j } else { i })).collect();
+        let table = Tensor::<1>::from_data(TensorData::new(table, [LENGTH]), &device);
+        let bias = Tensor::<4>::from_data(TensorData::new(bias, [1, 1, LENGTH, LENGTH]), &device).cast(dtype(element));
+        let plain = || AttentionOptions::new().kernel(kernel);
+        let run = |options: AttentionOptions| {
+            let operands = [x().sin(), x().cos(), (x() * 3.0).sin()].map(|x| x.detach().require_grad());
+            let [q, k, v] = operands.clone();
+            let o = attention(q, k, v, &options).expect("sound");
+            let grads = (o.clone() * (x() * 2.0).cos()).sum().backward();
+            let results = operands.iter().map(|x| x.grad(&grads).expect("tracked")).chain([o.inner()]);
+            results.flat_map(|x| x.into_data().iter::<f32>().collect::<Vec<_>>()).collect::<Vec<f32>>()
+        };
+        let found = run(plain().score_function(PerPlace, table));
+        let expected = run(plain().bias(bias));
+        let tolerance = if element == Element::F32 { 1e-4 } else { 0.05 };
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() <= tolerance, "{found} and {expected} on {device:?} by {kernel:?}");
         }
     }
 }
