@@ -14,6 +14,9 @@
 //! a window or causal order it starts at the last queries, so they come by in that order; without, they follow each other
 //! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
 //! started. The first to come writes, the others add: nothing is zeroed before.
+//!
+//! **Under a block plan** the unit that copies walks the lists of the key tile's column, Full and Partial together, and tells the others of
+//! each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
 
 use cubecl::prelude::*;
 

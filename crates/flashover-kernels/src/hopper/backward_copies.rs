@@ -176,6 +176,7 @@ pub(crate) fn copy_tiles<E: Float>(
                 if more {
                     // Before the wait: it takes a while.
                     let turn = keys_after(tile.tile, step.i0, at, scratch, n, comptime!(cfg.query_shape()));
+                    // The line's last readers are done when the stage's are.
                     barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
                     tell_step(lines, number, step, h, turn, n);
                     let m = step.i0 / comptime!(cfg.bq as u32);
