@@ -155,7 +155,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
 /// How many steps the cube takes.
 #[cube]
 fn steps_of(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    if comptime!(cfg.listed) { uniform(own[comptime!(LINES * LINE)]) } else { tile.group * tile.walk.steps }
+    if comptime!(cfg.listed) { own[comptime!(LINES * LINE)] } else { tile.group * tile.walk.steps }
 }
 
 /// Whether any query sees a key of the cube.

@@ -73,6 +73,7 @@ pub(crate) fn key_tile<E: Float>(
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
 }
 
+/// The query tiles that see keys from `j0` on, as [`KeyTile::walk`] has them.
 #[cube]
 fn seen_from(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> Walk {
     if comptime!(cfg.listed) {
