@@ -142,7 +142,10 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         KernelChoice::Auto => {
             let hopper = match problem.plan {
                 // docs/measurements.md
-                Some(_) => Err("a block plan, which its forward has not been run with since it was rewritten".into()),
+                Some(_) => Err(
+                    "a block plan, with which its backward has not been run, nor its forward since it was rewritten"
+                        .into(),
+                ),
                 None => select_hopper(problem, limits, "a Hopper GPU, and this element type")
                     .map_err(|error| error.to_string()),
             };
@@ -382,6 +385,13 @@ mod tests {
         let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
         let whole = Problem { plan: Some(whole), ..even };
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
+        let narrow = Problem { head_dim: 64, value_dim: 128, ..whole.clone() };
+        let chosen = select(&narrow, &h200(), KernelChoice::Hopper).unwrap();
+        assert!(chosen.hopper_backward.is_some_and(|tiles| tiles.listed), "{}", chosen.reason);
+        let tile = TileSize { bq: 128, bk: 64 };
+        let halved = Problem { plan: narrow.plan.map(|plan| PlanShape { tile, ..plan }), ..narrow };
+        let chosen = select(&halved, &h200(), KernelChoice::Hopper).unwrap();
+        assert!(chosen.hopper_backward.is_none() && chosen.reason.contains("whose tiles are no multiples of"));
         let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
         let few = select(&few, &h200(), KernelChoice::Hopper).unwrap();
         assert!(few.one_pass.is_none() && few.reason.contains("so few keys"), "{}", few.reason);

@@ -66,9 +66,10 @@ pub(crate) fn next_step(
     let full = entry(column.place.full, column.lists.partial, scratch, n);
     let partial = entry(column.place.partial, lists_end(column.lists), scratch, n);
     let block = min(full, partial);
-    let i = block * per + column.place.part;
+    let exists = block != comptime!(NOTHING);
+    let i = select(exists, block, 0u32) * per + column.place.part;
     let mut step = no_step(i * comptime!(tile.cols as u32));
-    if block != comptime!(NOTHING) && i < column.end {
+    if exists && i < column.end {
         let mut bits = 0usize;
         if partial < full {
             let rows = column.place.part * comptime!(tile.cols as u32);
@@ -176,4 +177,143 @@ fn entry(at: u32, end: u32, scratch: &[u32], n: Numbers) -> u32 {
 #[cube]
 fn lists_end(lists: Walk) -> u32 {
     lists.partial + 2u32 * (lists.steps / lists.per - (lists.partial - lists.full))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::walk::reach_queries;
+    use super::*;
+    use crate::block_plan::{BlockPlan, TileSize};
+    use crate::mask::{Band, Extent, Mask, UNBOUNDED};
+
+    const BQ: usize = 4;
+    const BK: usize = 8;
+    const OF_KEYS: TileShape = TileShape { rows: BK, cols: BQ };
+    const OF_QUERIES: TileShape = TileShape { rows: BQ, cols: BK };
+
+    fn numbers(extent: Extent, band: Band) -> Numbers {
+        let (ahead, left, right, sinks) = band.scalars();
+        Numbers {
+            batch: extent.batch,
+            heads_q: extent.heads,
+            heads_kv: extent.heads,
+            seq_q: extent.seq_q,
+            seq_kv: extent.seq_kv,
+            head_dim: 8,
+            value_dim: 8,
+            scale: 1.0,
+            softcap: 0.0,
+            ahead,
+            left,
+            right,
+            sinks,
+            seed_low: 0,
+            seed_high: 0,
+            threshold: 0,
+            factor: 1.0,
+            minus_infinity: f32::NEG_INFINITY,
+            lse_at: 0,
+            delta_at: 0,
+            norm_at: 0,
+            slopes_at: 0,
+            sinks_at: 0,
+            lengths_at: 0,
+            slope_partials_at: 0,
+            bias_partials_at: 0,
+            parameters_at: 0,
+            parameters: 0,
+            parameter_partials_at: 0,
+            plan_at: 1,
+            mask_at: 0,
+            mask_batch: 0,
+            mask_head: 0,
+            mask_query: 0,
+            mask_key: 1,
+        }
+    }
+
+    /// The query tiles of a column, as a cube walks them; asserts what else a step says.
+    fn walked(plan: &BlockPlan, tile: TileSize, j: u32, at: Head, scratch: &[u32], n: Numbers) -> Vec<u32> {
+        let (j0, full) = (j * BK as u32, plan.column(at.batch, at.head, j * BK as u32 / tile.bk).full);
+        let mut reach = no_walk();
+        reach_queries(&mut reach, j0, at, n, OF_KEYS);
+        let steps = if reach.steps == 0 { 0 } else { column_steps(j0, reach, at, scratch, n, OF_KEYS) };
+        let mut walk = column(j0, reach, at, scratch, n, OF_KEYS);
+        let mut tiles = Vec::new();
+        loop {
+            let step = next_step(&mut walk, j0, at.keys, scratch, n, false, OF_KEYS);
+            if step.empty {
+                break;
+            }
+            assert_eq!(step.bits == 0, full.contains(&(step.i0 / tile.bq)), "column {j}, queries from {}", step.i0);
+            tiles.push(step.i0 / BQ as u32);
+        }
+        assert_eq!(tiles.len(), steps as usize, "column {j}");
+        tiles
+    }
+
+    /// Every tile that is listed and in reach is visited, in ascending order, and a cube's turn at a query tile is the
+    /// number of visitors whose keys come later.
+    #[test]
+    fn turns_count_the_visitors_after_a_key_tile() {
+        let scattered = |b: u32, h: u32, i: u32, j: u32| !(i / 9 + j / 7 + b + 2 * h).is_multiple_of(3) && i % 11 != 4;
+        let scattered = Mask::function("listed_scattered", scattered).unwrap();
+        let blocks = |_: u32, h: u32, i: u32, j: u32| (i / 12 * 5 + j / 16 * 3 + h) % 4 < 2;
+        let blocks = Mask::function("listed_blocks", blocks).unwrap();
+        let mut visits = 0;
+        for mask in [Mask::Everything, Mask::Nothing, Mask::causal(), Mask::window(9, 20), scattered, blocks] {
+            for (bq, bk) in [(4, 8), (8, 8), (12, 16), (4, 24)] {
+                for (seq_q, seq_kv) in [(41, 83), (83, 41), (48, 48), (1, 90)] {
+                    let (extent, tile) = (Extent { batch: 2, heads: 2, seq_q, seq_kv }, TileSize { bq, bk });
+                    let plan = BlockPlan::new(&mask, extent, tile).unwrap().refine();
+                    let scratch: Vec<u32> = core::iter::once(0).chain(plan.to_words()).collect();
+                    for (causal, left, right, sinks) in [
+                        (false, UNBOUNDED, UNBOUNDED, 0),
+                        (true, UNBOUNDED, UNBOUNDED, 0),
+                        (true, 10, UNBOUNDED, 11),
+                        (false, 3, 5, 30),
+                    ] {
+                        let n = numbers(extent, Band { causal, left, right, sinks });
+                        for keys in [seq_kv as i32, 30, 1, 0] {
+                            for head in 0..2 {
+                                let at = Head { batch: 1, head, keys, slope: 0.0, mask_at: 0, bias_at: 0 };
+                                visits += check_head(&plan, tile, at, &scratch, n);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(visits > 10_000, "{visits}");
+    }
+
+    fn check_head(plan: &BlockPlan, tile: TileSize, at: Head, scratch: &[u32], n: Numbers) -> usize {
+        let key_tiles = n.seq_kv.div_ceil(BK as u32);
+        let columns: Vec<Vec<u32>> = (0..key_tiles).map(|j| walked(plan, tile, j, at, scratch, n)).collect();
+        let mut visits = 0;
+        for i in 0..n.seq_q.div_ceil(BQ as u32) {
+            let i0 = i * BQ as u32;
+            let row = plan.row(at.batch, at.head, i0 / tile.bq);
+            let mut reach = no_walk();
+            reach_keys(&mut reach, i0, at, n, OF_QUERIES);
+            let expected = |j: &u32| {
+                let block = j * BK as u32 / tile.bk;
+                let listed = row.full.contains(&block) || row.partial.contains(&block);
+                let band = *j >= reach.first && *j < reach.first + reach.steps - reach.sink_tiles;
+                listed && (*j < reach.sink_tiles || band)
+            };
+            let expected: Vec<u32> = (0..key_tiles).filter(expected).collect();
+            let visitors: Vec<u32> = (0..key_tiles).filter(|&j| columns[j as usize].contains(&i)).collect();
+            assert_eq!(visitors, expected, "queries from {i0} of {at:?}", at = (at.batch, at.head, at.keys));
+            for (x, &j) in visitors.iter().enumerate() {
+                let after = (visitors.len() - 1 - x) as u32;
+                assert_eq!(keys_after(j, i0, at, scratch, n, OF_QUERIES), after, "key tile {j}, queries from {i0}");
+            }
+            visits += visitors.len();
+        }
+        for column in &columns {
+            assert!(column.is_sorted_by(|a, b| a < b), "{column:?}");
+        }
+        visits
+    }
 }

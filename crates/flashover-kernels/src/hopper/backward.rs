@@ -14,6 +14,9 @@
 //! a window or causal order it starts at the last queries, so they come by in that order; without, they follow each other
 //! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
 //! started. The first to come writes, the others add: nothing is zeroed before.
+//!
+//! **Under a block plan** the unit that copies walks the lists of the key tile's column, Full and Partial together, and tells the others of
+//! each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
 
 use cubecl::prelude::*;
 
@@ -154,7 +157,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
 /// How many steps the cube takes.
 #[cube]
 fn steps_of(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    if comptime!(cfg.listed) { uniform(own[comptime!(LINES * LINE)]) } else { tile.group * tile.walk.steps }
+    if comptime!(cfg.listed) { own[comptime!(LINES * LINE)] } else { tile.group * tile.walk.steps }
 }
 
 /// Whether any query sees a key of the cube.

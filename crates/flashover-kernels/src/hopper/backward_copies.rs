@@ -73,6 +73,7 @@ pub(crate) fn key_tile<E: Float>(
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
 }
 
+/// The query tiles that see keys from `j0` on, as [`KeyTile::walk`] has them.
 #[cube]
 fn seen_from(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> Walk {
     if comptime!(cfg.listed) {
@@ -176,6 +177,7 @@ pub(crate) fn copy_tiles<E: Float>(
                 if more {
                     // Before the wait: it takes a while.
                     let turn = keys_after(tile.tile, step.i0, at, scratch, n, comptime!(cfg.query_shape()));
+                    // The line's last readers are done when the stage's are.
                     barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
                     tell_step(lines, number, step, h, turn, n);
                     let m = step.i0 / comptime!(cfg.bq as u32);

@@ -110,9 +110,22 @@ mod tests {
         let (cfg, _) = HopperBackwardConfig::of(&plain).unwrap();
         check_backward(&plain, &limits, cfg).unwrap();
         let error = |p: &Problem, cfg| check_backward(p, &limits, cfg).unwrap_err().to_string();
-        let plan = PlanShape { tile: TileSize { bq: 128, bk: 128 }, words: 16, points: 1 };
-        let planned = Problem { plan: Some(plan), ..plain.clone() };
-        assert_eq!(error(&planned, cfg), "backward_hopper kernel: expected a problem without a block plan");
+        let planned = |bq: u32, bk: u32| {
+            let plan = PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1 };
+            Problem { plan: Some(plan), ..plain.clone() }
+        };
+        let (listed, _) = HopperBackwardConfig::of(&planned(128, 128)).unwrap();
+        check_backward(&planned(128, 128), &limits, listed).unwrap();
+        check_backward(&planned(256, 384), &limits, listed).unwrap();
+        // Tiles that know of no plan, and a plan for a problem without.
+        assert!(error(&planned(128, 128), cfg).contains("expected tiles for tile 128x128"));
+        assert!(error(&plain, listed).contains("expected tiles for tile 128x128"));
+        assert_eq!(
+            error(&planned(128, 64), listed),
+            "backward_hopper kernel: expected a problem without a block plan whose tiles are no multiples of 128 queries and \
+             128 keys"
+        );
+        assert!(error(&planned(64, 128), listed).contains("plan: expected tiles of a multiple of [128, 128]"));
         assert!(error(&problem(192, 64), cfg).contains("without head dimensions above 128"));
         // Tiles that know of no option, for a problem that has one.
         let capped = Problem { softcap: Some(5.0), ..plain.clone() };
