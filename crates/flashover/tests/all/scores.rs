@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 use flashover::SparsePlan;
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::cubecl;
-use flashover::kernels::cubecl::prelude::{CubeType, cube, select};
+use flashover::kernels::cubecl::prelude::*;
 use flashover::kernels::dropout::Dropout;
 use flashover::kernels::mask::{Band, Extent, UNBOUNDED};
 use flashover::kernels::problem::{Element, Problem};
