@@ -187,10 +187,10 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     let dlse = if with_dlse { model.statistic } else { 0 };
     let read = 3 * model.o + model.statistic + dlse;
     let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
-    costs.push(model.with_tile(tile, "statistics_hopper", read + 2 * model.statistic, bindings, 0, units, 0));
+    costs.push(model.around(tile, "statistics_hopper", read + 2 * model.statistic, bindings, units));
     let (shared, units) = (config.shared_bytes(), config.units());
     costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
-    costs.push(model.finish(tile, "finish_hopper", hopper::ROW_UNITS));
+    costs.push(model.around(tile, "finish_hopper", 3 * model.q, 3, hopper::ROW_UNITS));
     costs
 }
 
@@ -205,9 +205,9 @@ pub fn mma_one_pass(problem: &Problem, of: OnePass, with_dlse: bool) -> Vec<Cost
     let dlse = if with_dlse { model.statistic } else { 0 };
     costs.push(model.small("row_statistics", 3 * model.statistic + dlse, 2 + usize::from(with_dlse), 0));
     let moved = 3 * model.o + 3 * model.statistic;
-    costs.push(model.with_tile(tile, "delta_mma", moved, 5, 0, mma::ROW_UNITS, 0));
+    costs.push(model.around(tile, "delta_mma", moved, 5, mma::ROW_UNITS));
     costs.push(model.one_pass(tile, "backward_mma", 9, of.shared_bytes(), of.tile.units()));
-    costs.push(model.finish(tile, "finish_mma", mma::ROW_UNITS));
+    costs.push(model.around(tile, "finish_mma", 3 * model.q, 3, mma::ROW_UNITS));
     costs
 }
 
@@ -354,17 +354,9 @@ impl<'a> Model<'a> {
         Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
     }
 
-    fn with_tile(
-        &self,
-        tile: Option<Tile>,
-        kernel: &'static str,
-        hbm_bytes: u64,
-        bindings: usize,
-        shared_bytes: usize,
-        units: usize,
-        flops: u64,
-    ) -> Cost {
-        let scratch_bytes = self.scratch_bytes;
+    /// A kernel of a backward in one pass that is not its main one.
+    fn around(&self, tile: Option<Tile>, kernel: &'static str, hbm_bytes: u64, bindings: usize, units: usize) -> Cost {
+        let (flops, shared_bytes, scratch_bytes) = (0, 0, self.scratch_bytes);
         Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
     }
 
@@ -379,13 +371,9 @@ impl<'a> Model<'a> {
     ) -> Cost {
         let (sums, statistics) = (2 * self.q, 2 * self.statistic);
         let moved = self.q + 2 * (self.k + self.v) + self.o + statistics + sums + self.shared_words() + self.bias;
-        let flops = self.products(3, 2);
-        self.with_tile(tile, kernel, moved, bindings + self.bias_bound, shared_bytes, units, flops)
-    }
-
-    /// The kernel that rounds dq.
-    fn finish(&self, tile: Option<Tile>, kernel: &'static str, units: usize) -> Cost {
-        self.with_tile(tile, kernel, 3 * self.q, 3, 0, units, 0)
+        let (flops, bindings) = (self.products(3, 2), bindings + self.bias_bound);
+        let scratch_bytes = self.scratch_bytes;
+        Cost { kernel, tile, flops, hbm_bytes: moved, bindings, shared_bytes, units, scratch_bytes }
     }
 
     /// A kernel without matrix products.

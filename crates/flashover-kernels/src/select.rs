@@ -387,11 +387,12 @@ mod tests {
         assert_eq!(select(&whole, &h200(), KernelChoice::Hopper).unwrap().kernel, Kernel::Hopper);
         let narrow = Problem { head_dim: 64, value_dim: 128, ..whole.clone() };
         let chosen = select(&narrow, &h200(), KernelChoice::Hopper).unwrap();
-        assert!(chosen.hopper_backward.is_some_and(|tiles| tiles.listed), "{}", chosen.reason);
+        let listed = matches!(chosen.one_pass, Some(OnePassBackward::Hopper(tiles)) if tiles.listed);
+        assert!(listed, "{}", chosen.reason);
         let tile = TileSize { bq: 128, bk: 64 };
         let halved = Problem { plan: narrow.plan.map(|plan| PlanShape { tile, ..plan }), ..narrow };
         let chosen = select(&halved, &h200(), KernelChoice::Hopper).unwrap();
-        assert!(chosen.hopper_backward.is_none() && chosen.reason.contains("whose tiles are no multiples of"));
+        assert!(chosen.one_pass.is_none() && chosen.reason.contains("whose tiles are no multiples of"));
         let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
         let few = select(&few, &h200(), KernelChoice::Hopper).unwrap();
         assert!(few.one_pass.is_none() && few.reason.contains("so few keys"), "{}", few.reason);

@@ -97,7 +97,7 @@ pub(crate) fn finish_kernel<E: Float>(
             let i = i0 + (query_warp * ROWS + g + 8 * half) as u32;
             let to = (head * n.seq_q as usize + i as usize) * n.head_dim as usize + first as usize;
             if i < n.seq_q && first < n.head_dim {
-                if n.head_dim % comptime!(PIECE_LEN as u32) == 0 {
+                if n.head_dim.is_multiple_of(comptime!(PIECE_LEN as u32)) {
                     let mut line = Fragment::new(0u32);
                     #[unroll]
                     for t in 0..4usize {

@@ -31,7 +31,7 @@ pub(crate) fn store_rows<E: Float>(
     let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
     let lane = UNIT_POS % comptime!(WARP as u32);
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
-    let whole = width % comptime!(PIECE_LEN as u32) == 0;
+    let whole = width.is_multiple_of(comptime!(PIECE_LEN as u32));
     if whole {
         let at = at + warp_row * comptime!(pitch(dim) as u32);
         let to = at + lane / 4 * comptime!(pitch(dim) as u32) + lane % 4 * 4;
