@@ -21,7 +21,7 @@
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, KeyTile, add_up, copy_tiles, key_tile, listed_steps};
+use super::backward_copies::{Barriers, add_up, copy_tiles};
 use super::backward_messages::{LINE, LINES, told_step};
 use super::backward_scores::{
     KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, weigh,
@@ -38,6 +38,7 @@ use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::{global_address, ticket, value_of};
+use crate::family::turns::{KeyTile, key_tile, listed_steps};
 use crate::family::walk::{Step, query_band_step};
 use crate::score::ScoreCode;
 
@@ -104,12 +105,13 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     if UNIT_POS == 0 {
         own[dealt] = ticket(counters);
         if comptime!(cfg.listed) {
-            let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
-            own[comptime!(LINES * LINE)] = listed_steps::<E>(tile, scratch, n, cfg);
+            let tile =
+                key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed);
+            own[comptime!(LINES * LINE)] = listed_steps::<E>(tile, scratch, n, comptime!(cfg.shape()));
         }
     }
     sync_cube();
-    let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
+    let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed);
     if !tile.exists {
         terminate!();
     }

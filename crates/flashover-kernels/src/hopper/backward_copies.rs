@@ -1,4 +1,4 @@
-//! Which key tile a cube of the backward owns, what one unit of it copies for it, and what two others add to dq.
+//! What one unit of a cube of the backward copies for it, and what two others add to dq.
 
 use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
@@ -9,10 +9,10 @@ use super::backward_scores::Statistics;
 use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
 use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
-use crate::family::element::{Head, Numbers, head_of};
-use crate::family::listed::{column, column_steps, keys_after, next_step};
+use crate::family::element::Numbers;
+use crate::family::listed::{column, keys_after, next_step};
 use crate::family::ptx::global_address;
-use crate::family::walk::{Walk, key_walk, no_walk, query_walk, reach_queries};
+use crate::family::turns::{KeyTile, listed_head, place_of, turn_of};
 
 /// Barriers of a cube. Keys and values arrive together; two of dq, for steps of either parity.
 #[derive(CubeType)]
@@ -24,95 +24,6 @@ pub(crate) struct Barriers {
     pub q_free: Sequence<Shared<Barrier>>,
     pub do_free: Sequence<Shared<Barrier>>,
     pub dq_free: Sequence<Shared<Barrier>>,
-}
-
-/// What a cube owns: a tile of keys, and the query heads that share them.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct KeyTile {
-    pub batch: u32,
-    pub key_head: u32,
-    /// The first query head of the group, and how many there are.
-    pub first_head: u32,
-    pub group: u32,
-    pub tile: u32,
-    pub j0: u32,
-    /// Of the first head: position and key lengths are the same for all.
-    pub at: Head,
-    /// The query tiles that see it, in each of the heads; under a plan those that position and key lengths leave.
-    pub walk: Walk,
-    pub exists: bool,
-}
-
-/// The key tile of a ticket: in sections of `section` heads, which are worked on side by side, the last tiles of all of them
-/// first. Cubes of a head then start as far apart as they must follow each other.
-#[cube]
-pub(crate) fn key_tile<E: Float>(
-    ticket: u32,
-    section: u32,
-    scratch: &[u32],
-    bias: ComptimeOption<&Tensor<E>>,
-    n: Numbers,
-    #[comptime] with_bias: bool,
-    #[comptime] cfg: HopperBackwardConfig,
-) -> KeyTile {
-    let heads = n.batch * n.heads_kv;
-    let tiles = n.seq_kv.div_ceil(comptime!(HopperBackwardConfig::BK as u32));
-    let (first, rest) = (ticket / (section * tiles) * section, ticket % (section * tiles));
-    // The grid may have more cubes than there are tiles.
-    let exists = first < heads;
-    let wide = select(exists, min(section, heads - first), 1u32);
-    let head = select(exists, first + rest % wide, 0u32);
-    let tile = select(exists, tiles - 1 - rest / wide, 0u32);
-    let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
-    let group = n.heads_q / n.heads_kv;
-    let first_head = key_head * group;
-    let j0 = tile * comptime!(HopperBackwardConfig::BK as u32);
-    let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
-    let walk = seen_from(j0, at, scratch, n, cfg);
-    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
-}
-
-/// The query tiles that see keys from `j0` on, as [`KeyTile::walk`] has them.
-#[cube]
-fn seen_from(j0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> Walk {
-    if comptime!(cfg.listed) {
-        let mut reach = no_walk();
-        reach_queries(&mut reach, j0, at, n, comptime!(cfg.shape()));
-        reach
-    } else {
-        query_walk(j0, at, scratch, n, comptime!(cfg.shape()))
-    }
-}
-
-/// How many steps a key tile takes under a plan, in all heads of the group.
-#[cube]
-pub(crate) fn listed_steps<E: Float>(
-    tile: KeyTile,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] cfg: HopperBackwardConfig,
-) -> u32 {
-    let mut steps = 0u32;
-    if tile.walk.steps > 0 {
-        for g in 0..tile.group {
-            let at = listed_head::<E>(tile, tile.first_head + g, scratch, n);
-            steps += column_steps(tile.j0, tile.walk, at, scratch, n, comptime!(cfg.shape()));
-        }
-    }
-    steps
-}
-
-/// A head of the group as a plan asks for it.
-#[cube]
-fn listed_head<E: Float>(tile: KeyTile, head: u32, scratch: &[u32], n: Numbers) -> Head {
-    head_of::<E>(tile.batch, head, scratch, ComptimeOption::new_None(), n, false)
-}
-
-/// Where query tile `m` of a head stands among all query tiles.
-#[cube]
-fn place_of(tile: KeyTile, head: u32, m: u32, n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    (tile.batch * n.heads_q + head) * n.seq_q.div_ceil(comptime!(cfg.bq as u32)) + m
 }
 
 /// What the unit that copies knows from the start.
@@ -216,7 +127,7 @@ fn copy_queries<E: Float>(
     let [_, _, q_len, do_len] = comptime!(cfg.elements());
     let bytes = comptime!(cfg.statistics_bytes());
     let i0 = m * comptime!(cfg.bq as u32);
-    let place = place_of(tile, h, m, n, cfg);
+    let place = place_of(tile, h, m, n, cfg.bq);
     barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
     let barrier = address_at(&copies.q_full, ring.stage, stages);
     barrier_expect(barrier, comptime!(2 * q_len + bytes));
@@ -271,7 +182,7 @@ pub(crate) fn add_up(
             barrier_wait(full, parity);
         }
         let due = due_at(step, tile, lines, scratch, n, cfg);
-        let place = place_of(tile, due.head, due.m, n, cfg);
+        let place = place_of(tile, due.head, due.m, n, cfg.bq);
         let counter = counters + (place as u64 + 1u64) * 4u64;
         let to = dq + place as u64 * comptime!(bytes as u64);
         if comptime!(!cfg.listed) {
@@ -306,14 +217,6 @@ fn due_at(
         told_due(lines, step, cfg)
     } else {
         let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
-        Due { head: tile.first_head + g, m, turn: turn_of(tile.tile, m, tile.at, scratch, n, cfg) }
+        Due { head: tile.first_head + g, m, turn: turn_of(tile, m, scratch, n, comptime!(cfg.shape())) }
     }
-}
-
-/// How many cubes add to query tile `m` before key tile `tile`: those whose keys come later, and the visible sinks last.
-#[cube]
-fn turn_of(tile: u32, m: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    let walk: Walk = key_walk(m * comptime!(cfg.bq as u32), at, scratch, n, comptime!(cfg.query_shape()));
-    let band_end = walk.first + walk.steps - walk.sink_tiles;
-    select(tile < walk.sink_tiles, walk.steps, band_end) - 1 - tile
 }

@@ -25,7 +25,7 @@ fn line_of(lines: u32, step: u32) -> u32 {
 }
 
 /// Writes the line of the cube's `number`th step, of query head `head`; `turn` as in
-/// [`turn_of`](super::backward_copies::turn_of).
+/// [`turn_of`](crate::family::turns::turn_of).
 #[cube]
 pub(crate) fn tell_step(lines: u32, number: u32, step: Step, head: u32, turn: u32, n: Numbers) {
     let mut line = Vector::<u32, Const<4>>::new(0u32);

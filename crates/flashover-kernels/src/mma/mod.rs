@@ -24,7 +24,6 @@ mod scores;
 mod steps;
 mod store;
 mod tile;
-mod turns;
 
 pub use checks::check_limits;
 pub(crate) use config::FEW_KEYS;

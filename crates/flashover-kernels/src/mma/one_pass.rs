@@ -28,9 +28,9 @@ use super::ptx::{
 use super::scores::{hide, query_and_key};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
-use super::turns::{key_tile, place_of, turn_of};
 use crate::family::element::{Numbers, head_of, row_hash, where_kept};
 use crate::family::ptx::{exp2, global_address, pack, ticket};
+use crate::family::turns::{key_tile, place_of, turn_of};
 use crate::family::walk::{Side, query_band_step};
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
@@ -61,7 +61,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
         own[0] = ticket(counters);
     }
     sync_cube();
-    let owned = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, tile.shape());
+    let owned = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, tile.shape(), false);
     if !owned.exists {
         terminate!();
     }

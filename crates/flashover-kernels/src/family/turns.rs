@@ -1,10 +1,11 @@
-//! Which key tile a cube of the one-pass backward owns, and when it is its turn to add to a query tile.
+//! Which key tile a cube of a backward in one pass owns, and when it is its turn to add to the dq of a query tile.
 
 use cubecl::prelude::*;
 
-use crate::family::element::{Head, Numbers, head_of};
-use crate::family::tile_shape::TileShape;
-use crate::family::walk::{Walk, key_walk, query_walk};
+use super::element::{Head, Numbers, head_of};
+use super::listed::column_steps;
+use super::tile_shape::TileShape;
+use super::walk::{Walk, key_walk, no_walk, query_walk, reach_queries};
 
 /// What a cube owns: a tile of keys, and the query heads that share them.
 #[derive(CubeType, Clone, Copy)]
@@ -19,7 +20,7 @@ pub(crate) struct KeyTile {
     pub j0: u32,
     /// Of the first head: position and key lengths are the same for all.
     pub at: Head,
-    /// The query tiles that see it, in each of the heads.
+    /// The query tiles that see it, in each of the heads; under a plan those that position and key lengths leave.
     pub walk: Walk,
     pub exists: bool,
 }
@@ -35,6 +36,7 @@ pub(crate) fn key_tile<E: Float>(
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
 ) -> KeyTile {
     let heads = n.batch * n.heads_kv;
     let tiles = n.seq_kv.div_ceil(comptime!(shape.rows as u32));
@@ -49,8 +51,45 @@ pub(crate) fn key_tile<E: Float>(
     let first_head = key_head * group;
     let j0 = tile * comptime!(shape.rows as u32);
     let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
-    let walk = query_walk(j0, at, scratch, n, shape);
+    let walk = seen_from(j0, at, scratch, n, shape, listed);
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
+}
+
+#[cube]
+fn seen_from(
+    j0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
+) -> Walk {
+    if comptime!(listed) {
+        let mut reach = no_walk();
+        reach_queries(&mut reach, j0, at, n, shape);
+        reach
+    } else {
+        query_walk(j0, at, scratch, n, shape)
+    }
+}
+
+/// How many steps a key tile takes under a plan, in all heads of the group.
+#[cube]
+pub(crate) fn listed_steps<E: Float>(owned: KeyTile, scratch: &[u32], n: Numbers, #[comptime] shape: TileShape) -> u32 {
+    let mut steps = 0u32;
+    if owned.walk.steps > 0 {
+        for g in 0..owned.group {
+            let at = listed_head::<E>(owned, owned.first_head + g, scratch, n);
+            steps += column_steps(owned.j0, owned.walk, at, scratch, n, shape);
+        }
+    }
+    steps
+}
+
+/// A head of the group as a plan asks for it.
+#[cube]
+pub(crate) fn listed_head<E: Float>(owned: KeyTile, head: u32, scratch: &[u32], n: Numbers) -> Head {
+    head_of::<E>(owned.batch, head, scratch, ComptimeOption::new_None(), n, false)
 }
 
 /// Where query tile `m`, of `bq` queries, of a head stands among all query tiles.
@@ -59,7 +98,7 @@ pub(crate) fn place_of(owned: KeyTile, head: u32, m: u32, n: Numbers, #[comptime
     (owned.batch * n.heads_q + head) * n.seq_q.div_ceil(comptime!(bq as u32)) + m
 }
 
-/// How many cubes add to query tile `m` before this one: those whose keys come later, and the visible sinks last.
+/// Without a plan, how many cubes add to query tile `m` before this one: those whose keys come later, and the visible sinks last.
 #[cube]
 pub(crate) fn turn_of(owned: KeyTile, m: u32, scratch: &[u32], n: Numbers, #[comptime] shape: TileShape) -> u32 {
     let turned = comptime!(TileShape { rows: shape.cols, cols: shape.rows });
