@@ -72,7 +72,7 @@ impl OnePassBackward {
     ) -> Result<Gradients<DeviceTensor>, KernelError> {
         match self {
             OnePassBackward::Hopper(tiles) => hopper::backward(client, problem, operands, outputs, plan, rest, tiles),
-            OnePassBackward::Mma(of) => mma::backward_one_pass(client, problem, operands, outputs, rest, of),
+            OnePassBackward::Mma(of) => mma::backward_one_pass(client, problem, operands, outputs, plan, rest, of),
         }
     }
 }

@@ -34,6 +34,12 @@ pub(crate) struct Column {
     end: u32,
 }
 
+/// A walk of nothing.
+#[cube]
+pub(crate) fn no_column() -> Column {
+    Column { lists: no_walk(), place: Place { full: 0u32, partial: 0u32, part: 0u32 }, end: 0u32 }
+}
+
 /// The start of a walk down the query tiles of a head for keys from `j0` on, of which position and key lengths leave those of
 /// `reach`.
 #[cube]

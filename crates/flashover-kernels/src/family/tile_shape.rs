@@ -10,6 +10,11 @@ pub(crate) struct TileShape {
 }
 
 impl TileShape {
+    /// The same tile from the other side.
+    pub const fn turned(self) -> Self {
+        TileShape { rows: self.cols, cols: self.rows }
+    }
+
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
     pub const fn divides(&self, plan: TileSize) -> bool {
         let (bq, bk) = (plan.bq as usize, plan.bk as usize);

@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, head_of};
-use super::listed::column_steps;
+use super::listed::{Column, column, column_steps, keys_after, next_step, no_column};
 use super::tile_shape::TileShape;
-use super::walk::{Walk, key_walk, no_walk, query_walk, reach_queries};
+use super::walk::{Step, Walk, key_walk, no_walk, query_band_step, query_walk, reach_queries};
 
 /// What a cube owns: a tile of keys, and the query heads that share them.
 #[derive(CubeType, Clone, Copy)]
@@ -101,8 +101,71 @@ pub(crate) fn place_of(owned: KeyTile, head: u32, m: u32, n: Numbers, #[comptime
 /// Without a plan, how many cubes add to query tile `m` before this one: those whose keys come later, and the visible sinks last.
 #[cube]
 pub(crate) fn turn_of(owned: KeyTile, m: u32, scratch: &[u32], n: Numbers, #[comptime] shape: TileShape) -> u32 {
-    let turned = comptime!(TileShape { rows: shape.cols, cols: shape.rows });
-    let walk: Walk = key_walk(m * comptime!(shape.cols as u32), owned.at, scratch, n, turned);
+    let walk: Walk = key_walk(m * comptime!(shape.cols as u32), owned.at, scratch, n, comptime!(shape.turned()));
     let band_end = walk.first + walk.steps - walk.sink_tiles;
     select(owned.tile < walk.sink_tiles, walk.steps, band_end) - 1 - owned.tile
+}
+
+/// The query tiles of a head that a cube works on, in ascending order.
+#[derive(CubeType)]
+pub(crate) struct QueryTiles {
+    /// Under a plan.
+    column: Column,
+    /// How many came before, without one.
+    t: u32,
+}
+
+#[cube]
+pub(crate) fn query_tiles(
+    owned: KeyTile,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
+) -> QueryTiles {
+    if comptime!(listed) {
+        QueryTiles { column: column(owned.j0, owned.walk, at, scratch, n, shape), t: 0u32.runtime() }
+    } else {
+        QueryTiles { column: no_column(), t: 0u32.runtime() }
+    }
+}
+
+/// The next of them, or one that is `empty`.
+#[cube]
+pub(crate) fn next_query_tile(
+    tiles: &mut QueryTiles,
+    owned: KeyTile,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
+) -> Step {
+    if comptime!(listed) {
+        next_step(&mut tiles.column, owned.j0, owned.at.keys, scratch, n, with_bias, shape)
+    } else {
+        let mut step = query_band_step(owned.walk, tiles.t, owned.j0, owned.at, n, with_bias, shape);
+        step.empty = tiles.t >= owned.walk.steps;
+        tiles.t += 1;
+        step
+    }
+}
+
+/// How many cubes add to the query tile from `i0` on before this one.
+#[cube]
+pub(crate) fn turn_at(
+    owned: KeyTile,
+    i0: u32,
+    at: Head,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
+) -> u32 {
+    if comptime!(listed) {
+        keys_after(owned.tile, i0, at, scratch, n, comptime!(shape.turned()))
+    } else {
+        turn_of(owned, i0 / comptime!(shape.cols as u32), scratch, n, shape)
+    }
 }

@@ -26,12 +26,13 @@ use super::ptx::{
     store_shared, turn_now, turn_pass, turn_wait, wait_copies,
 };
 use super::scores::{hide, query_and_key};
+use super::steps::{follow, no_step};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, row_hash, where_kept};
 use crate::family::ptx::{exp2, global_address, pack, ticket};
-use crate::family::turns::{key_tile, place_of, turn_of};
-use crate::family::walk::{Side, query_band_step};
+use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_at};
+use crate::family::walk::Side;
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
 /// added to `sums`, which lie as the lanes hold them (see [`finish_kernel`](super::one_pass_rows::finish_kernel)).
@@ -61,7 +62,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
         own[0] = ticket(counters);
     }
     sync_cube();
-    let owned = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, tile.shape(), false);
+    let owned = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed);
     if !owned.exists {
         terminate!();
     }
@@ -119,17 +120,17 @@ pub(crate) fn one_pass_kernel<E: Float>(
         let at = head_of::<E>(owned.batch, h, scratch, bias, n, with_bias);
         let q_rows = head_rows::<E>(q, owned.batch, h, n.seq_q, n.head_dim);
         let do_rows = head_rows::<E>(d_o, owned.batch, h, n.seq_q, n.value_dim);
-        let walk = owned.walk;
-        let mut t = 0u32;
+        let mut tiles = query_tiles(owned, at, scratch, n, tile.shape(), of.listed);
         let mut stage = 0u32; // bytes from the first
+        let mut next = no_step();
+        follow(&mut next, next_query_tile(&mut tiles, owned, scratch, n, with_bias, tile.shape(), of.listed));
         // Nobody reads the last head's tiles any more.
         sync_cube();
-        if t < walk.steps {
-            let i0 = walk.first * comptime!(tile.cols as u32);
-            load_queries::<E>(q, d_o, q_rows, do_rows, head, i0, stages, scratch, n, c);
+        if !next.empty {
+            load_queries::<E>(q, d_o, q_rows, do_rows, head, next.i0, stages, scratch, n, c);
         }
         commit_copies();
-        while t < walk.steps {
+        while !next.empty {
             wait_copies(0usize);
             // Everyone's copies have arrived, and everyone is done with the other stage and with ds.
             sync_cube();
@@ -138,12 +139,12 @@ pub(crate) fn one_pass_kernel<E: Float>(
             product(&mut s, k_place, q_place + stage, c.head_dim, tile, c.element); // sᵀ = k · qᵀ
 
             // What is next is asked for while the products are under way.
-            let step = query_band_step(walk, t, j0, at, n, with_bias, tile.shape());
-            t += 1;
+            let mut step = no_step();
+            follow(&mut step, next);
+            follow(&mut next, next_query_tile(&mut tiles, owned, scratch, n, with_bias, tile.shape(), of.listed));
             let other = comptime!(stage_bytes as u32) - stage;
-            if t < walk.steps {
-                let next = step.i0 + comptime!(tile.cols as u32);
-                load_queries::<E>(q, d_o, q_rows, do_rows, head, next, stages + other, scratch, n, c);
+            if !next.empty {
+                load_queries::<E>(q, d_o, q_rows, do_rows, head, next.i0, stages + other, scratch, n, c);
             }
             commit_copies();
             product(&mut dp, v_place, do_place + stage, c.value_dim, tile, c.element); // dpᵀ = v · doᵀ
@@ -211,8 +212,8 @@ pub(crate) fn one_pass_kernel<E: Float>(
             fence_device();
             sync_cube();
             turn_pass(added, UNIT_POS == 0);
-            let place = place_of(owned, h, walk.first + t - 1, n, tile.cols);
-            let turn = turn_of(owned, walk.first + t - 1, scratch, n, tile.shape());
+            let place = place_of(owned, h, step.i0 / comptime!(tile.cols as u32), n, tile.cols);
+            let turn = turn_at(owned, step.i0, at, scratch, n, tile.shape(), of.listed);
             added = counters + (place as u64 + 1u64) * 4u64;
             let early = turn_now(added);
             let mut part_q = Array::<Sums>::new(comptime!(2 * of.pairs()));

@@ -10,7 +10,7 @@ use super::one_pass::one_pass_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
 use super::tile::{PIECE, padded, pitch};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::checks::{check_operands, check_outputs};
+use crate::family::checks::{check_operands, check_outputs, check_plan};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout, Partials};
 use crate::family::tile_shape::TileShape;
@@ -32,6 +32,8 @@ pub struct OnePass {
     pub head_dim: usize,
     /// The value dimension, padded.
     pub value_dim: usize,
+    /// Whether a plan lists the query tiles.
+    pub listed: bool,
     /// Whether the device adds four floats to global memory at once (sm90).
     pub vector_adds: bool,
 }
@@ -40,9 +42,6 @@ impl OnePass {
     /// Sizes for a problem on a device, and why; or what it has no form for.
     pub fn of(problem: &Problem, limits: &DeviceLimits) -> Result<(Self, &'static str), &'static str> {
         let (head_dim, value_dim) = (padded(problem.head_dim), padded(problem.value_dim));
-        if problem.plan.is_some() {
-            return Err("a block plan");
-        }
         if problem.seq_kv < FEW_KEYS {
             return Err("so few keys");
         }
@@ -54,7 +53,11 @@ impl OnePass {
             ..=64 => (4, "two cubes of such heads share a multiprocessor"),
             _ => (8, "the registers of a multiprocessor hold dk and dv of 128 keys"),
         };
-        let of = OnePass { tile: tile(warps), head_dim, value_dim, vector_adds: limits.wgmma };
+        let listed = problem.plan.is_some();
+        let of = OnePass { tile: tile(warps), head_dim, value_dim, listed, vector_adds: limits.wgmma };
+        if problem.plan.is_some_and(|plan| !of.turned().divides(plan.tile)) {
+            return Err("a block plan whose tiles are no multiples of 64 queries and the keys of a cube");
+        }
         if of.shared_bytes() > limits.max_shared_bytes || BINDINGS > limits.max_bindings {
             return Err("the shared memory or the bindings of this device");
         }
@@ -63,8 +66,7 @@ impl OnePass {
 
     /// As a tile on the side of queries.
     pub(crate) const fn turned(&self) -> TileShape {
-        let TileShape { rows, cols } = self.tile.shape();
-        TileShape { rows: cols, cols: rows }
+        self.tile.shape().turned()
     }
 
     /// Warps side by side over the queries of dq; the others have further elements of the head dimension.
@@ -112,12 +114,13 @@ impl Display for OnePass {
 
 /// Attention backward in one pass: `dq`, `dk` and `dv`, contiguous, each in the shape and element type of its operand. `o` and
 /// `rest`, what rounding took from it in the [forward](super::forward), are contiguous; `rest` is given up as soon as it
-/// has been read. `dq` takes a buffer of f32.
+/// has been read. `dq` takes a buffer of f32. `plan` as in the forward.
 pub fn backward_one_pass(
     client: &Client,
     problem: &Problem,
     operands: &Operands<DeviceTensor>,
     outputs: &Outputs,
+    plan: Option<&DeviceTensor>,
     rest: DeviceTensor,
     of: OnePass,
 ) -> Result<Gradients<DeviceTensor>, KernelError> {
@@ -129,6 +132,7 @@ pub fn backward_one_pass(
         return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: of.to_string() });
     }
     check_operands(problem, operands)?;
+    check_plan(problem, plan)?;
     check_outputs(problem, outputs)?;
     for (operand, tensor) in [("o", &outputs.o), ("rest", &rest)] {
         if tensor.shape != problem.output_shape() {
@@ -146,7 +150,7 @@ pub fn backward_one_pass(
     }
     let layout = Layout::of(problem, Some(Partials::default()));
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-    let scratch = scratch::build(&launcher, problem, operands, None, &layout);
+    let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
     row_statistics_of(&launcher, problem, outputs, &scratch, &layout);
     let query_tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(of.tile.cols);
     let turns = DeviceTensor::empty(client, &[query_tiles + 1], u32::elem_type_native());
@@ -250,7 +254,7 @@ impl Call<'_> {
     }
 
     fn finish(&self, sums: &DeviceTensor, dq: &DeviceTensor) {
-        let (bindings, address) = binding_facts([sums, &self.scratch, dq].into_iter());
+        let (bindings, address) = binding_facts([sums, &self.turns, dq].into_iter());
         self.launcher.note("finish_mma", &self.of, bindings, 0, ROW_UNITS);
         let units = self.query_tiles * self.of.sums_bytes() / PIECE / 4;
         // SAFETY: a unit reads 4 of the vectors that the buffer was made for and tests rows and elements of dq.
@@ -261,7 +265,7 @@ impl Call<'_> {
                 CubeDim::new_1d(ROW_UNITS as u32),
                 address,
                 BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
-                self.scratch.buffer(),
+                self.turns.buffer(),
                 dq.buffer(),
                 numbers(self.problem, &self.layout),
                 units,

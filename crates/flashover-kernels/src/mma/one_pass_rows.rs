@@ -6,10 +6,9 @@ use super::config::{Compiled, ROWS, WARP};
 use super::one_pass_launch::OnePass;
 use super::ptx::{Fragment, all_lanes_sum, store_global_16};
 use super::tile::PIECE_LEN;
-use crate::family::element::{Head, Numbers, head_of, is_minus_infinity};
+use crate::family::element::{Numbers, is_minus_infinity};
 use crate::family::ptx::{global_address, pack};
 use crate::family::rounding::restored;
-use crate::family::walk::key_walk;
 
 /// `delta = Σ do ∘ o − dlse` (FlashAttention-2, Algorithm 2, line 4), with `o` as it was before it was rounded, added to the `−dlse` that
 /// the scratch buffer holds; and zeros where cubes count. One warp a row; a row that saw nothing keeps what it has.
@@ -58,7 +57,7 @@ pub(crate) fn delta_kernel<E: Float>(
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn finish_kernel<E: Float>(
     sums: &[Vector<f32, Const<4>>],
-    scratch: &[u32],
+    turns: &[u32],
     dq: &mut [E],
     n: Numbers,
     units: usize,
@@ -74,10 +73,8 @@ pub(crate) fn finish_kernel<E: Float>(
         let place = ABSOLUTE_POS / comptime!(8 * warps * blocks);
         let tiles = n.seq_q.div_ceil(comptime!(c.tile.cols as u32)) as usize;
         let (head, i0) = (place / tiles, (place % tiles * c.tile.cols) as u32);
-        let b = head as u32 / n.heads_q;
-        let at: Head = head_of::<E>(b, head as u32 % n.heads_q, scratch, ComptimeOption::new_None(), n, false);
         // Nobody has written where nobody came by.
-        let seen = key_walk(i0, at, scratch, n, comptime!(of.turned())).steps > 0;
+        let seen = turns[place + 1] > 0;
         let (query_warp, part) = (warp % comptime!(of.query_warps()), warp / comptime!(of.query_warps()));
         let first = (part * blocks + x) as u32 * comptime!(PIECE_LEN as u32);
         let mut factor = 1.0f32;
