@@ -77,7 +77,7 @@ impl OnePassBackward {
     }
 }
 
-/// The outcome of [`select`].
+/// The outcome of [`select()`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selection {
     /// The family.
