@@ -47,6 +47,18 @@ pub(crate) fn check_outputs(problem: &Problem, outputs: &Outputs) -> Result<(), 
     check("dlse", outputs.dlse.as_ref(), outputs.dlse.as_ref().map(|_| &lse_shape[..]), "f32", word)
 }
 
+/// Of a backward in one pass: holds what rounding took from the output against it, and that both lie without gaps.
+pub(crate) fn check_rest(problem: &Problem, outputs: &Outputs, rest: &DeviceTensor) -> Result<(), KernelError> {
+    let elem = element_type(problem.element);
+    check("rest", Some(rest), Some(&problem.output_shape()), "that of the problem", |tensor| tensor.elem == elem)?;
+    for (operand, tensor) in [("o", &outputs.o), ("rest", rest)] {
+        if !tensor.is_contiguous() {
+            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
+        }
+    }
+    Ok(())
+}
+
 /// Holds an operand against its shape by the problem: `None` where the problem has none.
 fn check(
     operand: &'static str,

@@ -97,6 +97,13 @@ impl Launcher<'_> {
         CubeCountSelection::new(self.client, cubes as u32).cube_count()
     }
 
+    /// How many of `heads` heads are worked on side by side: as many as there are multiprocessors, with `cubes_each` cubes at a
+    /// time, for the cubes of their `tiles` tiles.
+    pub fn heads_side_by_side(&self, tiles: usize, cubes_each: usize, heads: usize) -> usize {
+        let multiprocessors = self.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+        (multiprocessors * cubes_each / tiles).clamp(1, heads)
+    }
+
     /// Notes the launch of a kernel over tiles.
     pub fn note(
         &self,

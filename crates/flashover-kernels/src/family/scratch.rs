@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::element::Numbers;
 use super::element::is_minus_infinity;
-use super::launcher::{Launcher, SUM_UNITS};
+use super::launcher::{Launcher, Outputs, SUM_UNITS, binding_facts, numbers};
 use crate::device::DeviceTensor;
 use crate::operands::Operands;
 use crate::problem::Problem;
@@ -198,7 +198,7 @@ fn pack_mask<B: Int>(
 /// score's gradient as `p · dlse`, and the walk that takes `delta` does the rest. A unit a row; a row that
 /// saw nothing keeps 0 and 1.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn row_statistics(
+fn row_statistics(
     lse: &Tensor<f32>,
     dlse: ComptimeOption<&Tensor<f32>>,
     scratch: &mut [u32],
@@ -220,5 +220,33 @@ pub(crate) fn row_statistics(
         scratch[n.lse_at + row] = u32::reinterpret(row_lse);
         scratch[n.delta_at + row] = u32::reinterpret(delta);
         scratch[n.norm_at + row] = u32::reinterpret(1.0f32);
+    }
+}
+
+/// Launches [`row_statistics`] over all rows, which `outputs` were [checked](super::checks::check_outputs) to have.
+pub(crate) fn fill_row_statistics(
+    launcher: &Launcher,
+    problem: &Problem,
+    outputs: &Outputs,
+    scratch: &DeviceTensor,
+    layout: &Layout,
+) {
+    let Outputs { lse, dlse, .. } = outputs;
+    let (bindings, address) = binding_facts([lse, scratch].into_iter().chain(dlse));
+    launcher.note_small("row_statistics", bindings, 0);
+    let rows = problem.batch * problem.heads_q * problem.seq_q;
+    // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
+    unsafe {
+        row_statistics::launch_unchecked(
+            launcher.client,
+            launcher.cubes(rows.div_ceil(SUM_UNITS)),
+            CubeDim::new_1d(SUM_UNITS as u32),
+            address,
+            lse.arg(),
+            dlse.as_ref().map(DeviceTensor::arg).into(),
+            scratch.buffer(),
+            numbers(problem, layout),
+            dlse.is_some(),
+        );
     }
 }

@@ -8,7 +8,7 @@ use super::backward_rows::{finish_kernel, statistics_kernel};
 use super::checks::{check_backward, reads_in_place};
 use super::launch::{fours, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::checks::{check_operands, check_outputs, check_plan};
+use crate::family::checks::{check_operands, check_outputs, check_plan, check_rest};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout};
 use crate::operands::{Gradients, Operands};
@@ -33,21 +33,11 @@ pub fn backward(
     check_operands(problem, operands)?;
     check_outputs(problem, outputs)?;
     check_plan(problem, plan)?;
-    if rest.shape != problem.output_shape() {
-        let expected = problem.output_shape().to_vec();
-        return Err(KernelError::Shape { operand: "rest", expected, found: rest.shape });
-    }
+    check_rest(problem, outputs, &rest)?;
     let Operands { q, k, v, bias, .. } = operands;
     let d_o = &outputs.do_;
-    for (operand, tensor, fits) in [
-        ("q", q, reads_in_place(q)),
-        ("k", k, reads_in_place(k)),
-        ("v", v, reads_in_place(v)),
-        ("do", d_o, reads_in_place(d_o)),
-        ("o", &outputs.o, outputs.o.is_contiguous()),
-        ("rest", &rest, rest.is_contiguous()),
-    ] {
-        if !fits {
+    for (operand, tensor) in [("q", q), ("k", k), ("v", v), ("do", d_o)] {
+        if !reads_in_place(tensor) {
             return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
         }
     }
@@ -104,9 +94,7 @@ pub fn backward(
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
     let key_tiles = seq_kv.div_ceil(HopperBackwardConfig::BK);
-    // As many heads side by side as there are multiprocessors for their cubes.
-    let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
-    let section = (multiprocessors / key_tiles).clamp(1, batch * heads_kv);
+    let section = launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv);
     // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
     unsafe {
         backward_kernel::launch_unchecked(

@@ -7,16 +7,14 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP, statistics_bytes};
-use super::forward::LOG2_E;
-use super::gradient::{element_with_options, row_of};
+use super::gradient::differentiate;
 use super::products::{accumulate, product};
-use super::ptx::{Fragment, Sums, commit_copies, copy_word_async, load_shared_floats, shared_address, wait_copies};
-use super::scores::{hide, query_and_key};
+use super::ptx::{Fragment, Sums, commit_copies, copy_word_async, shared_address, wait_copies};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Numbers, head_of, row_hash, where_kept};
-use crate::family::ptx::{exp2, global_address};
+use crate::family::element::{Numbers, head_of};
+use crate::family::ptx::global_address;
 use crate::family::walk::{Side, query_walk, work_of};
 
 /// `dv = Σ_i p · mult · do_i` and `dk = Σ_i ds · ∂s/∂(q·k) · q_i`. One cube a key tile and key head. Both at once unless registers or
@@ -81,7 +79,6 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     for x in 0..comptime!(if with_dv { blocks * c.value_dim / COLS } else { 1 }) {
         acc_v[x] = Sums::new(0.0f32);
     }
-    let unit = n.scale * LOG2_E;
 
     let k_rows = head_rows::<E>(k, b, kv, n.seq_kv, n.head_dim);
     load_rows::<E>(k, k_rows, j0, k_at, tile.rows(), c.head_dim, c.k_pieces, tile.units(), c.element);
@@ -133,60 +130,22 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 }
             }
 
-            // s becomes p, dp becomes ds.
-            if comptime!(!c.options) {
-                if !step.full {
-                    let column = step.i0 + column;
-                    hide(&mut s, &mut dp, row, column, step, at, scratch, n, with_dk, Side::Keys, c);
-                }
-            }
-            #[unroll]
-            for col in 0..col_blocks {
-                let lse = load_shared_floats(statistics + stage, comptime!(4 * COLS * col));
-                let delta = load_shared_floats(statistics + stage, comptime!(4 * COLS * col + 4 * tile.cols));
-                #[unroll]
-                for lane in 0..2usize {
-                    let i = step.i0 + column + comptime!((COLS * col + lane) as u32);
-                    let mut hash = 0u32;
-                    if comptime!(c.options) {
-                        hash = row_hash(head, i, n);
-                    }
-                    let stats = row_of(lse.extract(lane), delta.extract(lane), hash, n);
-                    let minus = -(stats.lse * LOG2_E);
-                    #[unroll]
-                    for half in 0..comptime!(2 * blocks) {
-                        let x = comptime!(half / 2 * col_blocks + col);
-                        let z = comptime!(half % 2 * 2 + lane);
-                        let (mut p, mut ds) = (s[x], dp[x]);
-                        if comptime!(c.options) {
-                            let (i, j) = query_and_key(row, step.i0 + column, x, z, Side::Keys, c);
-                            let (weight, gradient) = element_with_options::<E>(
-                                s[x].extract(z),
-                                dp[x].extract(z),
-                                i,
-                                j,
-                                stats,
-                                step,
-                                true,
-                                at,
-                                scratch,
-                                bias,
-                                n,
-                                with_bias,
-                                c,
-                            );
-                            p.insert(z, where_kept(weight, hash, j, n));
-                            ds.insert(z, gradient);
-                        } else {
-                            let weight = exp2(fma(s[x].extract(z), unit, minus));
-                            p.insert(z, weight);
-                            ds.insert(z, weight * (dp[x].extract(z) - stats.delta));
-                        }
-                        s[x] = p;
-                        dp[x] = ds;
-                    }
-                }
-            }
+            differentiate::<E>(
+                &mut s,
+                &mut dp,
+                row,
+                column,
+                statistics + stage,
+                head,
+                step,
+                at,
+                scratch,
+                bias,
+                n,
+                with_bias,
+                with_dk,
+                c,
+            );
             if with_dv {
                 accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, c); // dv += pᵀ · do
             }

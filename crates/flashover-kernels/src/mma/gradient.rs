@@ -8,12 +8,16 @@
 
 use cubecl::prelude::*;
 
-use super::config::Compiled;
+use super::config::{COLS, Compiled};
 use super::forward::LOG2_E;
-use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
+use super::ptx::{Sums, load_shared_floats};
+use super::scores::{hide, query_and_key};
+use crate::family::element::{
+    Head, Numbers, after_dropout, is_minus_infinity, row_hash, score, score_derivative, sees, where_kept,
+};
 use crate::family::ptx::exp2;
 use crate::family::score_function::{function_derivative, with_function};
-use crate::family::walk::Step;
+use crate::family::walk::{Side, Step};
 
 /// What is known of a query.
 #[derive(CubeType, Clone, Copy)]
@@ -67,4 +71,70 @@ pub(crate) fn element_with_options<E: Float>(
         }
     }
     (p, ds)
+}
+
+/// Where rows are keys: products become probabilities after dropout, not grown, and `dp` becomes `ds`. `row` is this lane's first
+/// key, `column` its first query in the tile; `statistics` is where the log-sum-exp of that query stands in shared memory, those of
+/// all queries before their deltas.
+#[cube]
+pub(crate) fn differentiate<E: Float>(
+    s: &mut Array<Sums>,
+    dp: &mut Array<Sums>,
+    row: u32,
+    column: u32,
+    statistics: u32,
+    head: u32,
+    step: Step,
+    at: Head,
+    scratch: &[u32],
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] with_dp: bool,
+    #[comptime] c: Compiled,
+) {
+    let (blocks, col_blocks) = comptime!((c.tile.blocks, c.tile.cols / COLS));
+    let unit = n.scale * LOG2_E;
+    let column = step.i0 + column;
+    if comptime!(!c.options) {
+        if !step.full {
+            hide(s, dp, row, column, step, at, scratch, n, with_dp, Side::Keys, c);
+        }
+    }
+    #[unroll]
+    for col in 0..col_blocks {
+        let lse = load_shared_floats(statistics, comptime!(4 * COLS * col));
+        let delta = load_shared_floats(statistics, comptime!(4 * COLS * col + 4 * c.tile.cols));
+        #[unroll]
+        for lane in 0..2usize {
+            let i = column + comptime!((COLS * col + lane) as u32);
+            let mut hash = 0u32;
+            if comptime!(c.options) {
+                hash = row_hash(head, i, n);
+            }
+            let stats = row_of(lse.extract(lane), delta.extract(lane), hash, n);
+            let minus = -(stats.lse * LOG2_E);
+            #[unroll]
+            for half in 0..comptime!(2 * blocks) {
+                let x = comptime!(half / 2 * col_blocks + col);
+                let z = comptime!(half % 2 * 2 + lane);
+                let (mut p, mut ds) = (s[x], dp[x]);
+                if comptime!(c.options) {
+                    let (i, j) = query_and_key(row, column, x, z, Side::Keys, c);
+                    let (product, gradient) = (s[x].extract(z), dp[x].extract(z));
+                    let (weight, gradient) = element_with_options::<E>(
+                        product, gradient, i, j, stats, step, true, at, scratch, bias, n, with_bias, c,
+                    );
+                    p.insert(z, where_kept(weight, hash, j, n));
+                    ds.insert(z, gradient);
+                } else {
+                    let weight = exp2(fma(s[x].extract(z), unit, minus));
+                    p.insert(z, weight);
+                    ds.insert(z, weight * (dp[x].extract(z) - stats.delta));
+                }
+                s[x] = p;
+                dp[x] = ds;
+            }
+        }
+    }
 }

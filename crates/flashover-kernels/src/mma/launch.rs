@@ -13,8 +13,8 @@ use super::tile::padded;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
 use crate::family::element::NumbersLaunch;
-use crate::family::launcher::{Forward, Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers};
-use crate::family::scratch::{self, Layout, Partials, row_statistics};
+use crate::family::launcher::{Forward, Launcher, Outputs, binding_facts, cubes_of, numbers};
+use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::Problem;
@@ -160,7 +160,7 @@ impl<'a> Backward<'a> {
         let layout = Layout::of(problem, Some(Partials::default()));
         let launcher = Launcher { client, scratch_bytes: layout.bytes() };
         let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-        row_statistics_of(&launcher, problem, outputs, &scratch, &layout);
+        fill_row_statistics(&launcher, problem, outputs, &scratch, &layout);
         Backward { launcher, config, problem, operands, outputs, layout, scratch }
     }
 
@@ -236,34 +236,6 @@ impl<'a> Backward<'a> {
                 q.elem,
             );
         }
-    }
-}
-
-/// The log-sum-exps and `−dlse` of all rows go into the scratch buffer.
-pub(super) fn row_statistics_of(
-    launcher: &Launcher,
-    problem: &Problem,
-    outputs: &Outputs,
-    scratch: &DeviceTensor,
-    layout: &Layout,
-) {
-    let Outputs { lse, dlse, .. } = outputs;
-    let (bindings, address) = binding_facts([lse, scratch].into_iter().chain(dlse));
-    launcher.note_small("row_statistics", bindings, 0);
-    let rows = problem.batch * problem.heads_q * problem.seq_q;
-    // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
-    unsafe {
-        row_statistics::launch_unchecked(
-            launcher.client,
-            launcher.cubes(rows.div_ceil(SUM_UNITS)),
-            CubeDim::new_1d(SUM_UNITS as u32),
-            address,
-            lse.arg(),
-            dlse.as_ref().map(DeviceTensor::arg).into(),
-            scratch.buffer(),
-            numbers(problem, layout),
-            dlse.is_some(),
-        );
     }
 }
 

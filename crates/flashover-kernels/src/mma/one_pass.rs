@@ -17,22 +17,19 @@ use cubecl::prelude::*;
 
 use super::backward_keys::load_queries;
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
-use super::forward::LOG2_E;
-use super::gradient::{element_with_options, row_of};
+use super::gradient::differentiate;
 use super::one_pass_launch::OnePass;
 use super::products::{accumulate, product, product_turned};
 use super::ptx::{
-    Fragment, Sums, add_floats, commit_copies, fence_device, load_shared_floats, shared_address, store_floats,
-    store_shared, turn_now, turn_pass, turn_wait, wait_copies,
+    Fragment, Sums, add_floats, commit_copies, fence_device, shared_address, store_floats, store_shared, turn_now,
+    turn_pass, turn_wait, wait_copies,
 };
-use super::scores::{hide, query_and_key};
 use super::steps::{follow, no_step};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
-use crate::family::element::{Numbers, head_of, row_hash, where_kept};
-use crate::family::ptx::{exp2, global_address, pack, ticket};
+use crate::family::element::{Numbers, head_of};
+use crate::family::ptx::{global_address, pack, ticket};
 use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_at};
-use crate::family::walk::Side;
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
 /// added to `sums`, which lie as the lanes hold them (see [`finish_kernel`](super::one_pass_rows::finish_kernel)).
@@ -106,7 +103,6 @@ pub(crate) fn one_pass_kernel<E: Float>(
     for x in 0..comptime!(c.value_dim / COLS) {
         acc_v[x] = Sums::new(0.0f32);
     }
-    let unit = n.scale * LOG2_E;
 
     let k_rows = head_rows::<E>(k, owned.batch, owned.key_head, n.seq_kv, n.head_dim);
     load_rows::<E>(k, k_rows, j0, k_at, tile.rows(), c.head_dim, c.k_pieces, tile.units(), c.element);
@@ -149,61 +145,29 @@ pub(crate) fn one_pass_kernel<E: Float>(
             commit_copies();
             product(&mut dp, v_place, do_place + stage, c.value_dim, tile, c.element); // dpᵀ = v · doᵀ
 
-            // s becomes p, dp becomes ds.
-            if comptime!(!c.options) {
-                if !step.full {
-                    hide(&mut s, &mut dp, row, step.i0 + column, step, at, scratch, n, true, Side::Keys, c);
-                }
-            }
+            differentiate::<E>(
+                &mut s,
+                &mut dp,
+                row,
+                column,
+                statistics + stage,
+                head,
+                step,
+                at,
+                scratch,
+                bias,
+                n,
+                with_bias,
+                true,
+                c,
+            );
             #[unroll]
             for col in 0..col_blocks {
-                let lse = load_shared_floats(statistics + stage, comptime!(4 * COLS * col));
-                let delta = load_shared_floats(statistics + stage, comptime!(4 * COLS * col + 4 * tile.cols));
-                let (mut p, mut ds) = (s[col], dp[col]);
-                #[unroll]
-                for lane in 0..2usize {
-                    let i = step.i0 + column + comptime!((COLS * col + lane) as u32);
-                    let mut hash = 0u32;
-                    if comptime!(c.options) {
-                        hash = row_hash(head, i, n);
-                    }
-                    let stats = row_of(lse.extract(lane), delta.extract(lane), hash, n);
-                    let minus = -(stats.lse * LOG2_E);
-                    #[unroll]
-                    for half in 0..2usize {
-                        let z = comptime!(half * 2 + lane);
-                        if comptime!(c.options) {
-                            let (i, j) = query_and_key(row, step.i0 + column, col, z, Side::Keys, c);
-                            let (weight, gradient) = element_with_options::<E>(
-                                s[col].extract(z),
-                                dp[col].extract(z),
-                                i,
-                                j,
-                                stats,
-                                step,
-                                true,
-                                at,
-                                scratch,
-                                bias,
-                                n,
-                                with_bias,
-                                c,
-                            );
-                            p.insert(z, where_kept(weight, hash, j, n));
-                            ds.insert(z, gradient);
-                        } else {
-                            let weight = exp2(fma(s[col].extract(z), unit, minus));
-                            p.insert(z, weight);
-                            ds.insert(z, weight * (dp[col].extract(z) - stats.delta));
-                        }
-                    }
-                }
-                s[col] = p;
-                dp[col] = ds;
                 #[unroll]
                 for half in 0..2usize {
-                    let pair = pack(ds.extract(comptime!(2 * half)), ds.extract(comptime!(2 * half + 1)), c.element);
-                    store_shared(ds_write, comptime!(8 * half * pitch(tile.cols) + col * PIECE), pair);
+                    let (low, high) = (dp[col].extract(comptime!(2 * half)), dp[col].extract(comptime!(2 * half + 1)));
+                    let offset = comptime!(8 * half * pitch(tile.cols) + col * PIECE);
+                    store_shared(ds_write, offset, pack(low, high, c.element));
                 }
             }
             accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, c); // dv += pᵀ · do

@@ -5,14 +5,13 @@ use core::fmt::{Display, Formatter};
 use cubecl::prelude::*;
 
 use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
-use super::launch::row_statistics_of;
 use super::one_pass::one_pass_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
 use super::tile::{PIECE, padded, pitch};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::checks::{check_operands, check_outputs, check_plan};
+use crate::family::checks::{check_operands, check_outputs, check_plan, check_rest};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
-use crate::family::scratch::{self, Layout, Partials};
+use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::tile_shape::TileShape;
 use crate::operands::{Gradients, Operands};
 use crate::problem::Problem;
@@ -134,15 +133,7 @@ pub fn backward_one_pass(
     check_operands(problem, operands)?;
     check_plan(problem, plan)?;
     check_outputs(problem, outputs)?;
-    for (operand, tensor) in [("o", &outputs.o), ("rest", &rest)] {
-        if tensor.shape != problem.output_shape() {
-            let expected = problem.output_shape().to_vec();
-            return Err(KernelError::Shape { operand, expected, found: tensor.shape.clone() });
-        }
-        if !tensor.is_contiguous() {
-            return Err(KernelError::Layout { operand, found: tensor.strides.clone() });
-        }
-    }
+    check_rest(problem, outputs, &rest)?;
     let Operands { q, k, v, .. } = operands;
     if problem.batch * problem.heads_q * problem.seq_q == 0 {
         let zeros = |operand: &DeviceTensor| Some(DeviceTensor::zeros(client, &operand.shape, operand.elem));
@@ -151,7 +142,7 @@ pub fn backward_one_pass(
     let layout = Layout::of(problem, Some(Partials::default()));
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-    row_statistics_of(&launcher, problem, outputs, &scratch, &layout);
+    fill_row_statistics(&launcher, problem, outputs, &scratch, &layout);
     let query_tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(of.tile.cols);
     let turns = DeviceTensor::empty(client, &[query_tiles + 1], u32::elem_type_native());
     let c = Compiled::of(problem, of.tile, [q, k, v], Some(&outputs.do_));
@@ -220,11 +211,8 @@ impl Call<'_> {
         self.launcher.note("backward_mma", &self.of, bindings, self.of.shared_bytes(), self.of.tile.units());
         let Problem { batch, heads_kv, seq_kv, .. } = *self.problem;
         let key_tiles = seq_kv.div_ceil(self.of.tile.rows());
-        // As many heads side by side as there are multiprocessors for their cubes.
-        let hardware = &self.launcher.client.properties().hardware;
-        let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes_each = if self.of.tile.warps > 4 { 1 } else { 2 };
-        let section = (multiprocessors * cubes_each / key_tiles).clamp(1, batch * heads_kv);
+        let section = self.launcher.heads_side_by_side(key_tiles, cubes_each, batch * heads_kv);
         // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
         // `Compiled` found rows aligned; the buffer of sums holds whole tiles.
         unsafe {

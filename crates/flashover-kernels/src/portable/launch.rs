@@ -20,7 +20,7 @@ use crate::family::element::NumbersLaunch;
 use crate::family::launcher::{
     Forward, Launcher, Outputs, SUM_UNITS, binding_facts, cubes_of, numbers, visible_part, without_absent_scores,
 };
-use crate::family::scratch::{self, Layout, row_statistics};
+use crate::family::scratch::{self, Layout, fill_row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::Problem;
@@ -116,7 +116,7 @@ pub fn backward(
     let scratch = scratch::build(&launcher, &problem, &operands, plan, &layout);
     let call =
         Backward { launcher, tile, problem: &problem, operands: &operands, outputs, reductions, layout, scratch };
-    call.row_statistics(rows);
+    fill_row_statistics(&call.launcher, &problem, outputs, &call.scratch, &call.layout);
     if scores > 0 {
         call.delta();
     }
@@ -188,26 +188,6 @@ struct Backward<'a> {
 impl Backward<'_> {
     fn numbers(&self) -> NumbersLaunch {
         numbers(self.problem, &self.layout)
-    }
-
-    fn row_statistics(&self, rows: usize) {
-        let Outputs { lse, dlse, .. } = self.outputs;
-        let (bindings, address) = binding_facts([lse, &self.scratch].into_iter().chain(dlse));
-        self.launcher.note_small("row_statistics", bindings, 0);
-        // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors.
-        unsafe {
-            row_statistics::launch_unchecked(
-                self.launcher.client,
-                self.launcher.cubes(rows.div_ceil(SUM_UNITS)),
-                CubeDim::new_1d(SUM_UNITS as u32),
-                address,
-                lse.arg(),
-                dlse.as_ref().map(DeviceTensor::arg).into(),
-                self.scratch.buffer(),
-                self.numbers(),
-                dlse.is_some(),
-            );
-        }
     }
 
     fn delta(&self) {

@@ -113,7 +113,7 @@ fn every_option_agrees_by_hopper() {
     matrix_kernels_agree(KernelChoice::Hopper);
 }
 
-/// On Hopper the backward is then the kernels' of `mma`.
+/// Forward and backward of both families.
 #[cfg(feature = "cuda")]
 #[test]
 fn plans_and_score_functions_agree_by_the_matrix_kernels() {
