@@ -6,10 +6,13 @@
 FOLDER holds the operands as raw elements: q.bf16, k.bf16, v.bf16, do.bf16 (and .f16), contiguous [B, H, S, D]. NAME is
 a contestant (`fa2`, `cudnn`, `flex_attention`, `standard`) or `judge`. Requests:
 
-    {"op": "load", "case": {"batch", "heads", "seq", "dim", "causal", "element"}}
+    {"op": "load", "case": {"batch", "heads", "seq", "dim", "pattern", "element"}}
     {"op": "results", "pass": P, "path": F}      writes o, and dq, dk, dv unless P is forward, of the first and the last head
     {"op": "time", "pass": P, "calls": N}        {"ms": of all N calls}
     {"op": "judge", "pass": P, "path": F}        {"errors": {tensor: [largest error, largest error of the naive reference]}}
+
+The pattern says which keys are seen (`benches/src/peers/pattern.rs`): {"kind": "full"}, "causal", "window" of "keys",
+"documents" of "length" positions, "causal" or not, or "random_blocks", whose bytes are then in FOLDER/blocks.u8.
 
 An answer with "error" is a refusal; the process lives on.
 """
@@ -30,8 +33,10 @@ except ImportError as error:
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Rows of scores that the judge holds at a time.
-CHUNK = 1024
+# Scores that the judge holds at a time.
+SCORES = 1 << 24
+# Queries and keys of a random block.
+BLOCK = 128
 
 
 def sync():
@@ -47,9 +52,15 @@ class Case:
 
     def __init__(self, folder, spec):
         self.b, self.h, self.s, self.d = (spec[key] for key in ("batch", "heads", "seq", "dim"))
-        self.causal, self.element = spec["causal"], spec["element"]
+        self.pattern, self.element = spec["pattern"], spec["element"]
+        self.causal = self.pattern["kind"] == "causal"
         self.dtype, self.scale = DTYPES[self.element], self.d**-0.5
         self.q, self.k, self.v, self.do = (self.read(folder, name) for name in ("q", "k", "v", "do"))
+        if self.pattern["kind"] == "random_blocks":
+            n = -(-self.s // BLOCK)
+            raw = bytearray((Path(folder) / "blocks.u8").read_bytes())
+            self.blocks = torch.frombuffer(raw, dtype=torch.uint8).reshape(self.h, n, n).to(DEVICE).bool()
+        self.visible = self.mask()
 
     def read(self, folder, name):
         # A file may hold more than a case takes.
@@ -60,6 +71,26 @@ class Case:
             Case.kept[name] = (key, torch.from_file(path, size=count, dtype=self.dtype).to(DEVICE))
         return Case.kept[name][1].reshape(self.b, self.h, self.s, self.d)
 
+    def mask(self):
+        """Which keys are seen, (b, h, i, j) -> bool, or None if all are."""
+        kind = self.pattern["kind"]
+        if kind == "full":
+            return None
+        if kind == "causal":
+            return lambda b, h, i, j: i >= j
+        if kind == "window":
+            keys = self.pattern["keys"]
+            return lambda b, h, i, j: (i >= j) & (i - j < keys)
+        if kind == "documents":
+            length = self.pattern["length"]
+            if self.pattern["causal"]:
+                return lambda b, h, i, j: (i // length == j // length) & (i >= j)
+            return lambda b, h, i, j: i // length == j // length
+        if kind == "random_blocks":
+            blocks = self.blocks
+            return lambda b, h, i, j: blocks[h, i // BLOCK, j // BLOCK]
+        raise ValueError(f"unknown pattern {kind!r}")
+
     def heads(self):
         """The heads that are judged: a wrong stride shows in the last."""
         return [(0, 0), (self.b - 1, self.h - 1)]
@@ -67,6 +98,9 @@ class Case:
 
 def sdpa(backend):
     def make(case):
+        if case.pattern["kind"] not in ("full", "causal"):
+            raise ValueError("scaled_dot_product_attention has no such mask without a dense bias")
+
         def attend(q, k, v):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
@@ -78,7 +112,7 @@ def sdpa(backend):
 
 def flex_attention(case):
     import torch._functorch.config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     # A compilation a case, and none of one case serves another. A backward is timed several times on one graph, so its
     # buffers must stay.
@@ -86,14 +120,23 @@ def flex_attention(case):
     torch._functorch.config.donated_buffer = False
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
-    if case.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.s, case.s, device=DEVICE)
+    if case.pattern["kind"] == "random_blocks":
+        # The blocks as they are, each seen whole: no kernel is faster, and nothing of S² is made.
+        listed = case.blocks.to(torch.int32)[None]
+        counts = listed.sum(-1, dtype=torch.int32)
+        columns = torch.argsort(listed, dim=-1, descending=True, stable=True).to(torch.int32)
+        none = torch.zeros_like(counts), torch.zeros_like(columns)
+        mask = BlockMask.from_kv_blocks(*none, counts, columns, BLOCK_SIZE=BLOCK)
+    elif case.visible is not None:
+        mask = create_block_mask(case.visible, None, None, case.s, case.s, device=DEVICE)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
 def standard(case):
     """Attention in three steps, each materialized (Algorithm 0 of arXiv 2205.14135)."""
     hidden = None
+    if case.pattern["kind"] not in ("full", "causal"):
+        raise ValueError("standard attention is compared with nothing masked and causal only")
     if case.causal:
         hidden = torch.ones(case.s, case.s, dtype=torch.bool, device=DEVICE).triu(1)
 
@@ -164,11 +207,12 @@ def of_head(case, b, h, kind, rounded):
     o, dq = torch.zeros_like(q), torch.zeros_like(q)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     keys = torch.arange(case.s, device=DEVICE)
-    for i in range(0, case.s, CHUNK):
-        rows = slice(i, min(i + CHUNK, case.s))
+    chunk = max(SCORES // case.s, 1)
+    for i in range(0, case.s, chunk):
+        rows = slice(i, min(i + chunk, case.s))
         s = rounded(rounded(q[rows] @ k.T) * case.scale)
-        if case.causal:
-            s = s.masked_fill(keys[None, :] > keys[rows, None], float("-inf"))
+        if case.visible is not None:
+            s = s.masked_fill(~case.visible(b, h, keys[rows, None], keys[None, :]), float("-inf"))
         p = rounded(torch.softmax(s, dim=-1))
         o[rows] = p @ v
         dp = rounded(do[rows] @ v.T)

@@ -12,7 +12,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use burn::tensor::{DType, Device, Tensor};
-use flashover::kernels::mask::Band;
 use flashover::kernels::mma::MmaTile;
 use flashover::kernels::problem::Element;
 use flashover::kernels::select::KernelChoice;
@@ -22,6 +21,7 @@ use crate::case::Case;
 use crate::peers::contestant::{Contestant, Pass, Spec};
 use crate::peers::kernels::{self, Kernels};
 use crate::peers::operands::Folder;
+use crate::peers::pattern::Pattern;
 use crate::peers::{Script, Turn, interleave, judged};
 use crate::report::{Absent, Report, Run};
 use crate::suites::{Plan, cuda_card};
@@ -29,8 +29,8 @@ use crate::timing;
 use counters::Launch;
 
 /// GPT-2 medium's attention at the batch of the paper, nothing masked.
-fn case() -> Case {
-    Case::new(Band::default(), 64, 16, 1024, 64, Element::BF16)
+fn spec() -> Spec {
+    Spec::new(Pattern::Full, 64, 16, 1024, 64, Element::BF16)
 }
 
 /// Families that are accounted for.
@@ -49,7 +49,8 @@ pub fn run(plan: &Plan, limit: Duration, report: &mut Report) -> Result<(), Stri
     let client = kernels::cuda()?;
     let (device, driver) = cuda_card().ok_or("expected nvidia-smi to name the card and its driver, found none")?;
     let run = Run::new("io", device, Some(driver));
-    let (case, spec) = (case(), Spec::of(&case().problem));
+    let spec = spec();
+    let case = Case { problem: spec.problem()? };
     let folder = Rc::new(Folder::create(spec.elements(), &[Element::BF16])?);
     let script = Script::write(folder.path())?;
     let (mut judge, mut standard) = (script.child("judge", limit)?, script.child("standard", limit)?);
@@ -76,7 +77,7 @@ pub fn run(plan: &Plan, limit: Duration, report: &mut Report) -> Result<(), Stri
 
 /// Runs our kernels once for the profiler: a family by name, or the forward of every tile that runs.
 pub fn once(name: &str, data: PathBuf) -> Result<(), String> {
-    let (client, folder, spec) = (kernels::cuda()?, Rc::new(Folder::open(data)), Spec::of(&case().problem));
+    let (client, folder, spec) = (kernels::cuda()?, Rc::new(Folder::open(data)), spec());
     if name == "tiles" {
         let mut kernels = Kernels::new("mma", KernelChoice::Mma, client, folder);
         for tile in TILES {
@@ -159,7 +160,7 @@ impl Account<'_> {
 
     /// Bytes of a forward and a backward by the counters, of standard attention and of ours, and beside ours what is predicted.
     fn bytes(&mut self, script: &Script) -> Result<(), String> {
-        let case = serde_json::to_string(&Spec::of(&self.case.problem)).expect("plain data");
+        let case = serde_json::to_string(&spec()).expect("plain data");
         let mut command = vec![script.python.clone()];
         command.extend(script.arguments("standard"));
         command.extend(["once".into(), case.into()]);

@@ -33,6 +33,8 @@ enum Suite {
     Gpu,
     /// An NVIDIA GPU: our kernels by name, Burn's attention, and through PyTorch FlashAttention-2, cuDNN and FlexAttention.
     Peers,
+    /// An NVIDIA GPU: block plans of windows, documents and random blocks beside dense attention and FlexAttention.
+    Sparse,
     /// An NVIDIA GPU: operations, bytes of memory by hardware counters, and time, of standard attention and of ours.
     Io,
 }
@@ -51,13 +53,13 @@ struct Arguments {
     /// Only cases whose name contains this.
     #[arg(long)]
     only: Option<String>,
-    /// Suite peers: who takes part; all but portable unless named.
+    /// Suites peers and sparse: who takes part; all but portable, or hopper, mma and flex_attention, unless named.
     #[arg(long, value_delimiter = ',')]
     contestants: Vec<peers::Name>,
-    /// Suites peers and io: seconds that an answer of another library may take.
+    /// Suites peers, sparse and io: seconds that an answer of another library may take.
     #[arg(long, default_value_t = 90)]
     limit: u64,
-    /// Suite peers: draw TFLOP/s against length into this PNG or SVG file.
+    /// Suites peers and sparse: draw TFLOP/s against length, or time against density, into this PNG or SVG file.
     #[arg(long)]
     plot: Option<PathBuf>,
     /// Answer as this contestant to the process that started this one.
@@ -95,16 +97,21 @@ fn run(arguments: Arguments) -> Result<(), String> {
     let ended = match arguments.suite {
         Suite::Flex => suites::flex(&plan, &mut report),
         Suite::Gpu => suites::gpu(&plan, &mut report),
-        Suite::Peers => {
-            let names =
-                if arguments.contestants.is_empty() { peers::Name::USUAL.into() } else { arguments.contestants };
+        Suite::Peers | Suite::Sparse => {
+            let sparse = arguments.suite == Suite::Sparse;
+            let names = match arguments.contestants {
+                names if !names.is_empty() => names,
+                _ if sparse => peers::Name::SPARSE.into(),
+                _ => peers::Name::USUAL.into(),
+            };
             let choice = peers::Choice { names, limit, plot: arguments.plot };
-            peers::run(&plan, &choice, &mut report)
+            let run = if sparse { peers::run_sparse } else { peers::run };
+            run(&plan, &choice, &mut report)
         }
         Suite::Io => io::run(&plan, limit, &mut report),
     };
-    // Peers have a table of their own.
-    if arguments.suite != Suite::Peers {
+    // Peers have tables of their own.
+    if !matches!(arguments.suite, Suite::Peers | Suite::Sparse) {
         report::table(report.rows());
     }
     ended

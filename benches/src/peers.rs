@@ -1,5 +1,5 @@
-//! `bench peers`: our kernels by name, Burn's attention, and PyTorch's FlashAttention-2, cuDNN and FlexAttention, in one
-//! session on the same operands.
+//! `bench peers` and `bench sparse`: our kernels by name, Burn's attention, and PyTorch's FlashAttention-2, cuDNN and
+//! FlexAttention, in one session on the same operands.
 //!
 //! Every contestant's results are judged first, at full size, against f64: the outputs and gradients of the first and the last
 //! head. Then all of them are timed in turns, each alone on the GPU, and compared by medians. Those of other libraries run in
@@ -10,7 +10,9 @@ pub mod contestant;
 pub mod figures;
 pub mod kernels;
 pub mod operands;
+pub mod pattern;
 mod plot;
+mod sparse;
 pub mod tensors;
 
 use std::ffi::OsString;
@@ -19,20 +21,19 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use flashover::kernels::mask::Band;
 use flashover::kernels::problem::Element;
 use flashover::kernels::select::KernelChoice;
 use flashover_testing::tolerance::FLOOR;
 
-use crate::case::Case;
 use crate::report::{Absent, Report, Run};
 use crate::suites::{Plan, cuda_card};
 use crate::timing;
 use child::Child;
 use contestant::{Contestant, Pass, Spec};
-use figures::Figure;
+use figures::{Figure, Unit};
 use kernels::Kernels;
 use operands::Folder;
+use pattern::Pattern;
 
 /// The script of the contestants in PyTorch.
 const SCRIPT: &str = include_str!("../peers.py");
@@ -67,7 +68,10 @@ pub enum Name {
 }
 
 impl Name {
-    /// Those that take part unless others are named.
+    /// Those that take part in the suite sparse unless others are named.
+    pub const SPARSE: [Name; 3] = [Name::Hopper, Name::Mma, Name::FlexAttention];
+
+    /// Those that take part in the suite peers unless others are named.
     pub const USUAL: [Name; 7] =
         [Name::Mma, Name::Hopper, Name::Fa2, Name::Cudnn, Name::FlexAttention, Name::Flashover, Name::Burn];
 
@@ -122,28 +126,81 @@ impl Entrant {
 
 /// D 64 and 128, nothing masked and causal, short to long, at the same H · D and B · S; in f16, where Burn tunes itself for
 /// many seconds a shape, D 128 alone.
-fn cases(element: Element) -> Vec<Case> {
+fn cases(element: Element) -> Vec<Spec> {
     let mut cases = Vec::new();
     let dims: &[usize] = if element == Element::F16 { &[128] } else { &[64, 128] };
     for &dim in dims {
-        for band in [Band::default(), Band::causal()] {
+        for pattern in [Pattern::Full, Pattern::Causal] {
             for (batch, seq) in [(16, 1024), (4, 4096), (1, 16_384)] {
-                cases.push(Case::new(band, batch, 2048 / dim, seq, dim, element));
+                cases.push(Spec::new(pattern, batch, 2048 / dim, seq, dim, element));
             }
         }
     }
     cases
 }
 
-/// The suite.
+/// The suite `peers`.
 pub fn run(plan: &Plan, choice: &Choice, report: &mut Report) -> Result<(), String> {
+    let kinds = [Element::BF16, Element::F16].into_iter().filter(|&kind| choice.has(kind));
+    let measured = measure("peers", kinds.flat_map(cases), plan, choice, report)?;
+    println!("\n{}", figures::table(&measured.figures, Unit::Tflops));
+    if let Some(path) = &choice.plot {
+        plot::of_lengths(path, &measured.title("Attention, H · D = 2048"), &measured.figures)?;
+    }
+    measured.right()
+}
+
+/// The suite `sparse`.
+pub fn run_sparse(plan: &Plan, choice: &Choice, report: &mut Report) -> Result<(), String> {
+    let measured = measure("sparse", sparse::cases().into_iter(), plan, choice, report)?;
+    println!("\n{}", figures::table(&measured.figures, Unit::Milliseconds));
+    let rows = sparse::rows(&measured.run, &measured.figures);
+    println!("\n{}", sparse::table(&rows));
+    for row in rows {
+        report.push(row)?;
+    }
+    if let Some(path) = &choice.plot {
+        plot::of_densities(path, &measured.title("Random blocks of 128 × 128"), &measured.figures)?;
+    }
+    measured.right()
+}
+
+/// What came of a suite.
+struct Measured {
+    run: Run,
+    figures: Vec<Figure>,
+    /// Results of ours that were wrong.
+    wrong: Vec<String>,
+}
+
+impl Measured {
+    fn title(&self, of: &str) -> String {
+        let Run { device, driver, revision, .. } = &self.run;
+        format!("{of}, on {device}, driver {}, revision {revision}", driver.as_deref().unwrap_or("unknown"))
+    }
+
+    fn right(self) -> Result<(), String> {
+        if self.wrong.is_empty() {
+            return Ok(());
+        }
+        Err(format!("results of ours that are wrong:\n{}", self.wrong.join("\n")))
+    }
+}
+
+/// Everybody in every case.
+fn measure(
+    suite: &'static str,
+    cases: impl Iterator<Item = Spec>,
+    plan: &Plan,
+    choice: &Choice,
+    report: &mut Report,
+) -> Result<Measured, String> {
     let client = kernels::cuda()?;
     let (device, driver) = cuda_card().ok_or("expected nvidia-smi to name the card and its driver, found none")?;
-    let title = format!("{device}, driver {driver}");
-    let run = Run::new("peers", device, Some(driver));
+    let run = Run::new(suite, device, Some(driver));
+    let cases: Vec<Spec> = cases.filter(|case| plan.takes_name(&case.name())).collect();
+    let elements = cases.iter().map(Spec::elements).max().ok_or("no case of that name")?;
     let kinds: Vec<Element> = [Element::BF16, Element::F16].into_iter().filter(|&kind| choice.has(kind)).collect();
-    let cases: Vec<Case> = kinds.iter().flat_map(|&kind| cases(kind)).filter(|c| plan.takes_name(&c.name())).collect();
-    let elements = cases.iter().map(|case| Spec::of(&case.problem).elements()).max().ok_or("no case of that name")?;
     let folder = Rc::new(Folder::create(elements, &kinds)?);
     let script = Script::write(folder.path())?;
     let mut judge = script.child("judge", choice.limit)?;
@@ -163,17 +220,14 @@ pub fn run(plan: &Plan, choice: &Choice, report: &mut Report) -> Result<(), Stri
     println!("judged by {}", judge.about()?);
     let (mut figures, mut wrong) = (Vec::new(), Vec::new());
     let start = Instant::now();
-    for case in &cases {
-        let (seconds, reason) = (start.elapsed().as_secs(), Kernels::reason(&client, &case.problem));
-        println!("[{seconds} s] {}: checking, then timing; Auto: {reason}", case.name());
-        let field = Field { run: &run, case, repeats: plan.repeats, results: folder.path().join("results") };
+    for spec in &cases {
+        let (seconds, reason) = (start.elapsed().as_secs(), Kernels::reason(&client, spec)?);
+        println!("[{seconds} s] {}: checking, then timing; Auto: {reason}", spec.name());
+        spec.pattern.write_blocks(folder.path(), spec.heads, spec.seq)?;
+        let field = Field { run: &run, spec, repeats: plan.repeats, results: folder.path().join("results") };
         figures.extend(field.measure(&mut entrants, &mut judge, report, &mut wrong)?);
     }
-    println!("\n{}", figures::table(&figures));
-    if let Some(path) = &choice.plot {
-        plot::draw(path, &format!("Attention, H · D = 2048, on {title}, revision {}", run.revision), &figures)?;
-    }
-    if wrong.is_empty() { Ok(()) } else { Err(format!("results of ours that are wrong:\n{}", wrong.join("\n"))) }
+    Ok(Measured { run, figures, wrong })
 }
 
 impl Choice {
@@ -220,7 +274,7 @@ fn own_process(name: Name, folder: &Path, limit: Duration) -> Result<Child, Stri
 /// One case.
 struct Field<'a> {
     run: &'a Run,
-    case: &'a Case,
+    spec: &'a Spec,
     repeats: usize,
     /// Where results are written to be judged.
     results: PathBuf,
@@ -234,12 +288,12 @@ impl Field<'_> {
         report: &mut Report,
         wrong: &mut Vec<String>,
     ) -> Result<Vec<Figure>, String> {
-        let (problem, spec) = (&self.case.problem, Spec::of(&self.case.problem));
-        judge.load(&spec)?;
+        let spec = self.spec;
+        judge.load(spec)?;
         let mut all = Vec::new();
         let mut here: Vec<&mut Entrant> = Vec::new();
-        for entrant in entrants.iter_mut().filter(|entrant| entrant.name.element() == problem.element) {
-            match entrant.contestant.load(&spec) {
+        for entrant in entrants.iter_mut().filter(|entrant| entrant.name.element().name() == spec.element) {
+            match entrant.contestant.load(spec) {
                 Ok(()) => here.push(entrant),
                 Err(reason) => self.absent(report, entrant.name, "every pass", reason)?,
             }
@@ -254,7 +308,7 @@ impl Field<'_> {
                         Ok(()) => right.push(entrant.name),
                         Err(reason) => {
                             if entrant.name.is_ours() {
-                                wrong.push(format!("{}: {reason}", self.case.name()));
+                                wrong.push(format!("{}: {reason}", spec.name()));
                             }
                             self.absent(report, entrant.name, pass.name(), reason)?;
                         }
@@ -285,7 +339,7 @@ impl Field<'_> {
             for (name, turn) in names.into_iter().zip(turns) {
                 match turn.outcome {
                     Ok(samples) => figures.push(Figure {
-                        case: self.case.name(),
+                        case: spec.name(),
                         spec: spec.clone(),
                         name: name.text(),
                         ours: name.is_ours(),
@@ -311,7 +365,7 @@ impl Field<'_> {
     fn absent(&self, report: &mut Report, name: Name, what: &str, reason: String) -> Result<(), String> {
         report.absent(&Absent {
             suite: self.run.suite,
-            case: self.case.name(),
+            case: self.spec.name(),
             of: name.text().into(),
             what: what.into(),
             not_measured: reason,
@@ -440,8 +494,7 @@ mod tests {
         let cases = cases(Element::BF16);
         assert_eq!((cases.len(), super::cases(Element::F16).len()), (12, 6));
         for case in &cases {
-            let p = &case.problem;
-            assert_eq!((p.heads_q * p.head_dim, p.batch * p.seq_q), (2048, 16_384), "{}", case.name());
+            assert_eq!((case.heads * case.dim, case.batch * case.seq), (2048, 16_384), "{}", case.name());
         }
         assert_eq!(cases[11].name(), "causal_b1_hq16_hkv16_s16384_d128_bf16");
         for name in Name::value_variants() {

@@ -22,7 +22,7 @@ pub struct Row {
     pub ours: f64,
     /// The peer's, if there is one.
     pub peer: Option<f64>,
-    /// `burn`, `fa2`, `cudnn`, `flex_attention`, `standard`, `torch_cpu`, `gemm`, or `counters`: what was measured beside what
+    /// `burn`, `fa2`, `cudnn`, `flex_attention`, `standard`, `torch_cpu`, `gemm`, `density_x_dense`, or `counters`: what was measured beside what
     /// was predicted.
     pub peer_name: Option<&'static str>,
     /// Above 1 where we are better.

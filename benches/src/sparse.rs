@@ -1,35 +1,23 @@
 //! Block plans of random blocks against density × the time of the same attention without a plan, in the same run.
 
 use burn::tensor::Device;
-use flashover::kernels::block_plan::TileSize;
-use flashover::kernels::mask::{BlockTable, Mask};
+use flashover::kernels::mask::Mask;
 use flashover::kernels::problem::Problem;
 use flashover::{AttentionOptions, SparsePlan};
-use flashover_testing::data::Rng;
 use flashover_testing::sparse::SparseCase;
 
 use crate::case::{Case, Tensors};
+use crate::peers::pattern::Pattern;
 use crate::report::{Report, Run};
 use crate::{gate, timing};
 
 /// Fractions of blocks that are listed.
 const DENSITIES: [f64; 4] = [0.5, 0.25, 0.1, 0.05];
 
-/// So many random blocks of 128 × 128 in each block row of each head.
+/// Random blocks of 128 × 128: so many in each block row of each head.
 fn random_blocks(problem: &Problem, density: f64) -> Mask {
-    let TileSize { bq, bk } = SparsePlan::TILE;
-    let (rows, columns) = (problem.seq_q.div_ceil(bq as usize), problem.seq_kv.div_ceil(bk as usize));
-    let mut rng = Rng::new(11);
-    let (mut starts, mut listed) = (vec![0], Vec::new());
-    for _ in 0..problem.heads_q * rows {
-        let mut free: Vec<u32> = (0..columns as u32).collect();
-        let mut row: Vec<u32> =
-            (0..(density * columns as f64).round() as usize).map(|_| free.swap_remove(rng.below(free.len()))).collect();
-        row.sort_unstable();
-        listed.append(&mut row);
-        starts.push(listed.len() as u32);
-    }
-    Mask::from_blocks(BlockTable { block: [bq, bk], batch: 1, heads: problem.heads_q as u32, starts, columns: listed })
+    let (heads, seq) = (problem.heads_q, problem.seq_q);
+    Pattern::RandomBlocks { listed: Pattern::listed(seq, density) }.mask(heads, seq).expect("blocks are a mask")
 }
 
 /// Forward and backward of a dense case at each density: the peer is `density × dense`, so a ratio of 1 is in proportion.

@@ -230,10 +230,11 @@ impl Contestant for Child {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pattern::Pattern;
     use super::*;
 
     fn spec() -> Spec {
-        Spec { batch: 1, heads: 1, seq: 1, dim: 8, causal: false, element: "f16".into() }
+        Spec { batch: 1, heads: 1, seq: 1, dim: 8, pattern: Pattern::Full, element: "f16".into() }
     }
 
     fn shell(name: &'static str, script: &str) -> Child {
@@ -250,7 +251,7 @@ mod tests {
         );
         assert_eq!(
             text(Request::Load { case: spec() }),
-            r#"{"op":"load","case":{"batch":1,"heads":1,"seq":1,"dim":8,"causal":false,"element":"f16"}}"#
+            r#"{"op":"load","case":{"batch":1,"heads":1,"seq":1,"dim":8,"pattern":{"kind":"full"},"element":"f16"}}"#
         );
         let judged: Answer = serde_json::from_str(r#"{"errors": {"o": [0.5, 0.25]}}"#).expect("an answer");
         assert_eq!(judged.errors.expect("errors")["o"], [0.5, 0.25]);

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use flashover::kernels::mask::Band;
 use flashover::kernels::problem::{Element, Problem};
 use serde::{Deserialize, Serialize};
+
+use super::pattern::Pattern;
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -58,26 +59,30 @@ pub struct Spec {
     pub heads: usize,
     pub seq: usize,
     pub dim: usize,
-    pub causal: bool,
+    pub pattern: Pattern,
     pub element: String,
 }
 
 impl Spec {
-    /// That of a problem of self-attention, causal or not.
-    pub fn of(problem: &Problem) -> Self {
-        let Problem { batch, heads_q, seq_q, head_dim, band, element, .. } = *problem;
-        let element = element.name().to_string();
-        Spec { batch, heads: heads_q, seq: seq_q, dim: head_dim, causal: band.causal, element }
+    /// Self-attention of `heads` heads over `seq` positions.
+    pub fn new(pattern: Pattern, batch: usize, heads: usize, seq: usize, dim: usize, element: Element) -> Self {
+        Spec { batch, heads, seq, dim, pattern, element: element.name().into() }
     }
 
-    /// The problem.
+    /// Its name, which spells the problem.
+    pub fn name(&self) -> String {
+        let Spec { batch, heads, seq, dim, pattern, element } = self;
+        format!("{}_b{batch}_hq{heads}_hkv{heads}_s{seq}_d{dim}_{element}", pattern.name(*seq))
+    }
+
+    /// The problem, without the block plan of its [pattern](Pattern::mask).
     pub fn problem(&self) -> Result<Problem, String> {
         let elements = [Element::F16, Element::BF16];
         let element = elements.into_iter().find(|element| element.name() == self.element);
         let element = element.ok_or_else(|| format!("element type: expected f16 or bf16, got {}", self.element))?;
         let shape = [self.batch, self.heads, self.seq, self.dim];
         let plain = Problem::new(shape, shape, shape, element).map_err(|error| error.to_string())?;
-        Ok(Problem { band: if self.causal { Band::causal() } else { Band::default() }, ..plain })
+        Ok(Problem { band: self.pattern.band(), ..plain })
     }
 
     /// Elements of each operand.
@@ -129,17 +134,19 @@ pub fn write_judged(path: &Path, spec: &Spec, tensors: &[impl AsRef<[u8]>]) -> R
 
 #[cfg(test)]
 mod tests {
+    use flashover_testing::grid::case_name;
+
     use super::*;
 
     fn spec() -> Spec {
-        Spec { batch: 2, heads: 3, seq: 4, dim: 8, causal: true, element: "bf16".into() }
+        Spec { batch: 2, heads: 3, seq: 4, dim: 8, pattern: Pattern::Causal, element: "bf16".into() }
     }
 
     #[test]
-    fn a_spec_is_a_problem_and_back() {
+    fn a_spec_is_a_problem() {
         let problem = spec().problem().expect("sound");
         assert!(problem.band.causal && problem.element == Element::BF16);
-        assert_eq!(Spec::of(&problem), spec());
+        assert_eq!(spec().name(), case_name(&problem));
         let message = Spec { element: "f8".into(), ..spec() }.problem().expect_err("no such element");
         assert_eq!(message, "element type: expected f16 or bf16, got f8");
     }

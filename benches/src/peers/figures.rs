@@ -18,11 +18,12 @@ pub struct Figure {
 }
 
 impl Figure {
-    /// As the field counts: `4·B·H·S²·D` a forward, halved if causal, 2.5 times that a backward.
+    /// As the field counts: `4·B·H·D` a visible score in a forward, half of S² being visible if causal; 2.5 times that in a
+    /// backward.
     pub fn tflops(&self) -> f64 {
-        let Spec { batch, heads, seq, dim, causal, .. } = self.spec;
+        let Spec { batch, heads, seq, dim, pattern, .. } = self.spec;
         let full = 4.0 * (batch * heads * dim) as f64 * (seq as f64).powi(2);
-        self.pass.flops() * full / if causal { 2.0 } else { 1.0 } / self.ms / 1e9
+        self.pass.flops() * full * pattern.visible(seq) / self.ms / 1e9
     }
 }
 
@@ -43,8 +44,15 @@ pub fn rows(run: &Run, figures: &[Figure]) -> Vec<Row> {
     rows
 }
 
-/// A line a case and pass, a column a contestant, in TFLOP/s.
-pub fn table(figures: &[Figure]) -> String {
+/// Of what a table shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    Tflops,
+    Milliseconds,
+}
+
+/// A line a case and pass, a column a contestant.
+pub fn table(figures: &[Figure], unit: Unit) -> String {
     let mut names: Vec<&str> = Vec::new();
     let mut lines: Vec<(&str, Pass)> = Vec::new();
     for figure in figures {
@@ -55,13 +63,18 @@ pub fn table(figures: &[Figure]) -> String {
             lines.push((&figure.case, figure.pass));
         }
     }
-    let mut text = format!("{:<40} {:<18}", "case, in TFLOP/s", "pass");
+    let title = if unit == Unit::Tflops { "case, in TFLOP/s" } else { "case, in ms" };
+    let mut text = format!("{title:<50} {:<18}", "pass");
     names.iter().for_each(|name| text += &format!(" {name:>14}"));
     for (case, pass) in lines {
-        text += &format!("\n{case:<40} {:<18}", pass.name());
+        text += &format!("\n{case:<50} {:<18}", pass.name());
         for name in &names {
             let found = figures.iter().find(|f| f.case == case && f.pass == pass && f.name == *name);
-            text += &found.map_or(format!(" {:>14}", "-"), |figure| format!(" {:>14.1}", figure.tflops()));
+            text += &match (found, unit) {
+                (None, _) => format!(" {:>14}", "-"),
+                (Some(figure), Unit::Tflops) => format!(" {:>14.1}", figure.tflops()),
+                (Some(figure), Unit::Milliseconds) => format!(" {:>14.3}", figure.ms),
+            };
         }
     }
     text
@@ -69,10 +82,11 @@ pub fn table(figures: &[Figure]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pattern::Pattern;
     use super::*;
 
     fn figure(name: &'static str, ours: bool, pass: Pass, ms: f64) -> Figure {
-        let spec = Spec { batch: 4, heads: 16, seq: 4096, dim: 128, causal: true, element: "bf16".into() };
+        let spec = Spec { batch: 4, heads: 16, seq: 4096, dim: 128, pattern: Pattern::Causal, element: "bf16".into() };
         Figure { case: "causal_b4".into(), spec, name, ours, pass, ms }
     }
 
@@ -112,9 +126,11 @@ mod tests {
     #[test]
     fn what_was_not_measured_is_a_dash() {
         let figures = [figure("mma", true, Pass::Forward, 1.0), figure("fa2", false, Pass::Backward, 1.0)];
-        let text = table(&figures);
+        let text = table(&figures, Unit::Tflops);
         let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[1], ["causal_b4", "forward", "274.9", "-"]);
         assert_eq!(lines[2], ["causal_b4", "backward", "-", "687.2"]);
+        let text = table(&figures, Unit::Milliseconds);
+        assert!(text.lines().nth(1).is_some_and(|line| line.ends_with("1.000              -")), "{text}");
     }
 }

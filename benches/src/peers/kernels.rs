@@ -5,11 +5,15 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
 
+use flashover::SparsePlan;
+use flashover::kernels::block_plan::{BlockPlan, PlanShape};
 use flashover::kernels::cubecl::client::Client;
 use flashover::kernels::cubecl::future::block_on;
+use flashover::kernels::cubecl::prelude::*;
 use flashover::kernels::cubecl::server::Handle;
 use flashover::kernels::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use flashover::kernels::family::Outputs;
+use flashover::kernels::mask::Extent;
 use flashover::kernels::mma::MmaTile;
 use flashover::kernels::operands::{Gradients, Operands, Wanted};
 use flashover::kernels::problem::{Element, Problem};
@@ -39,6 +43,8 @@ struct Call {
     selection: Selection,
     operands: Operands<DeviceTensor>,
     do_: DeviceTensor,
+    /// The block plan as kernels read it.
+    plan: Option<DeviceTensor>,
 }
 
 /// What a forward returned, and the gradient of its output.
@@ -55,6 +61,19 @@ pub fn cuda() -> Result<Client, String> {
     Ok(device.client())
 }
 
+/// The plan of a spec's mask, which the problem then knows of.
+fn planned(client: &Client, spec: &Spec, problem: &mut Problem) -> Result<Option<DeviceTensor>, String> {
+    let Some(mask) = spec.pattern.mask(spec.heads, spec.seq) else { return Ok(None) };
+    let [batch, heads, seq_q, seq_kv] = problem.score_shape().map(|n| n as u32);
+    let plan = BlockPlan::new(&mask, Extent { batch, heads, seq_q, seq_kv }, SparsePlan::TILE);
+    let plan = plan.map_err(|error| error.to_string())?.refine();
+    let words = plan.to_words();
+    let copies = problem.batch as u64 / u64::from(plan.batch()) * problem.heads_q as u64 / u64::from(plan.heads());
+    problem.plan = Some(PlanShape { tile: plan.tile(), words: words.len(), points: plan.points() * copies });
+    let handle = client.create_from_slice(u32::as_bytes(&words));
+    Ok(Some(DeviceTensor::contiguous(handle, &[words.len()], u32::elem_type_native())))
+}
+
 impl Kernels {
     /// The family of that name.
     pub fn new(name: &'static str, choice: KernelChoice, client: Client, folder: Rc<Folder>) -> Self {
@@ -66,10 +85,12 @@ impl Kernels {
         self.tile = Some(tile);
     }
 
-    /// What `Auto` takes for a problem here, and why.
-    pub fn reason(client: &Client, problem: &Problem) -> String {
-        let selection = select(problem, &DeviceLimits::of(client), KernelChoice::Auto);
-        selection.map_or_else(|error| error.to_string(), |selection| selection.reason)
+    /// What `Auto` takes for a case here, and why.
+    pub fn reason(client: &Client, spec: &Spec) -> Result<String, String> {
+        let mut problem = spec.problem()?;
+        planned(client, spec, &mut problem)?;
+        let selection = select(&problem, &DeviceLimits::of(client), KernelChoice::Auto);
+        Ok(selection.map_or_else(|error| error.to_string(), |selection| selection.reason))
     }
 
     /// One forward and backward, and nothing else that launches kernels.
@@ -108,21 +129,21 @@ impl Kernels {
 
     /// A forward; `for_backward` if a backward follows it, as in training.
     fn forward(&self, call: &Call, for_backward: bool) -> Result<Made, String> {
-        let Call { problem, selection, operands, .. } = call;
-        let client = &self.client;
+        let Call { problem, selection, operands, plan, .. } = call;
+        let (client, plan) = (&self.client, plan.as_ref());
         let without_rest = |(o, lse)| (o, lse, None);
         let with_rest = for_backward && selection.one_pass.is_some();
         let outputs = match selection.kernel {
             Kernel::Portable => {
-                portable::forward(client, problem, operands, None, true, selection.config).map(without_rest)
+                portable::forward(client, problem, operands, plan, true, selection.config).map(without_rest)
             }
             Kernel::Mma => {
                 let tiles = selection.mma.expect("selected with its tiles");
-                mma::forward(client, problem, operands, None, true, with_rest, tiles)
+                mma::forward(client, problem, operands, plan, true, with_rest, tiles)
             }
             Kernel::Hopper => {
                 let tiles = selection.hopper.expect("selected with its tiles");
-                hopper::forward(client, problem, operands, None, true, with_rest, tiles)
+                hopper::forward(client, problem, operands, plan, true, with_rest, tiles)
             }
             other => return Err(format!("the benchmark does not know the {other} kernel")),
         };
@@ -132,18 +153,19 @@ impl Kernels {
     }
 
     fn backward(&self, call: &Call, made: &Made) -> Result<Gradients<DeviceTensor>, String> {
-        let Call { problem, selection, operands, .. } = call;
+        let Call { problem, selection, operands, plan, .. } = call;
+        let plan = plan.as_ref();
         let Made { outputs, rest } = made;
         let wanted = Wanted { q: true, k: true, v: true, ..Wanted::default() };
         let gradients = match selection.kernel {
             Kernel::Portable => {
-                portable::backward(&self.client, problem, operands, outputs, None, wanted, selection.config)
+                portable::backward(&self.client, problem, operands, outputs, plan, wanted, selection.config)
             }
             Kernel::Mma | Kernel::Hopper => match selection.one_pass.zip(rest.clone()) {
-                Some((pass, rest)) => pass.run(&self.client, problem, operands, outputs, None, rest),
+                Some((pass, rest)) => pass.run(&self.client, problem, operands, outputs, plan, rest),
                 None => {
                     let tiles = selection.mma.expect("selected with its tiles");
-                    mma::backward(&self.client, problem, operands, outputs, None, wanted, tiles)
+                    mma::backward(&self.client, problem, operands, outputs, plan, wanted, tiles)
                 }
             },
             other => return Err(format!("the benchmark does not know the {other} kernel")),
@@ -172,7 +194,8 @@ impl Contestant for Kernels {
 
     fn load(&mut self, spec: &Spec) -> Result<(), String> {
         self.call = None;
-        let problem = spec.problem()?;
+        let mut problem = spec.problem()?;
+        let plan = planned(&self.client, spec, &mut problem)?;
         let selection = select(&problem, &DeviceLimits::of(&self.client), self.choice);
         let mut selection = selection.map_err(|error| error.to_string())?;
         if let (Some(tile), Some(tiles)) = (self.tile, &mut selection.mma) {
@@ -193,7 +216,7 @@ impl Contestant for Kernels {
             score_parameters: None,
             key_lengths: None,
         };
-        self.call = Some(Call { spec: spec.clone(), problem, selection, operands, do_ });
+        self.call = Some(Call { spec: spec.clone(), problem, selection, operands, do_, plan });
         Ok(())
     }
 

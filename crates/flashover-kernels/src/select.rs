@@ -128,30 +128,17 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     let refused = |kernel: Kernel| move |why: KernelError| SelectError::Named { kernel, why };
     match choice {
         KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
-        KernelChoice::Mma => select_mma(problem, limits, named, Passes::OneIfPossible).map_err(refused(Kernel::Mma)),
+        KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
         KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
             let why_kernel = "few keys: a tile of a matrix product would be mostly empty";
             select_portable(problem, limits, why_kernel).map_err(nothing)
         }
-        KernelChoice::Auto if problem.score.is_some() => {
-            let why_kernel = "a score function, with which the matrix kernels have not been run on a device yet";
-            select_portable(problem, limits, why_kernel).map_err(nothing)
-        }
         KernelChoice::Auto => {
-            let hopper = match problem.plan {
-                // docs/measurements.md
-                Some(_) => Err(
-                    "a block plan, with which its backward has not been run, nor its forward since it was rewritten"
-                        .into(),
-                ),
-                None => select_hopper(problem, limits, "a Hopper GPU, and this element type")
-                    .map_err(|error| error.to_string()),
-            };
-            let mma = hopper.or_else(|faster| {
+            let mma = select_hopper(problem, limits, "a Hopper GPU, and this element type").or_else(|faster| {
                 let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
-                select_mma(problem, limits, &why, Passes::Two)
+                select_mma(problem, limits, &why)
             });
             mma.or_else(|faster| {
                 let why_kernel = format!("the mma kernel cannot run ({faster})");
@@ -164,34 +151,20 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
 fn select_hopper(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Hopper, HopperConfig::of(problem));
     hopper::check_limits(problem, limits, tiles)?;
-    let rest = select_mma(problem, limits, "the backward", Passes::Two)?;
+    let rest = select_mma(problem, limits, "the backward")?;
     let form = match problem.seq_kv < FEW_KEYS {
         true => Err("so few keys: what is left of their gradients is mostly rounding"),
         false => HopperBackwardConfig::of(problem),
     };
     let (one_pass, backward) = match form {
         Ok((tiles, why)) => (Some(OnePassBackward::Hopper(tiles)), format!("{tiles}: {why}")),
-        Err(what) => (None, format!("{}, for {kernel} has no form of it with {what}", rest.reason)),
+        Err(what) => (rest.one_pass, format!("{}, for {kernel} has no form of it with {what}", rest.reason)),
     };
     let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}; backward: {backward}");
     Ok(Selection { kernel, hopper: Some(tiles), one_pass, reason, ..rest })
 }
 
-/// The backward of the matrix kernels.
-#[derive(Clone, Copy)]
-enum Passes {
-    /// Keys and queries apart.
-    Two,
-    /// Together where there is a form for it, which has not been run on a device yet: only for who asks by name.
-    OneIfPossible,
-}
-
-fn select_mma(
-    problem: &Problem,
-    limits: &DeviceLimits,
-    why_kernel: &str,
-    passes: Passes,
-) -> Result<Selection, KernelError> {
+fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
@@ -200,13 +173,12 @@ fn select_mma(
         portable::check_limits(problem, limits, config)?;
     }
     let mut reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
-    let one_pass = match (passes, OnePass::of(problem, limits)) {
-        (Passes::Two, _) => None,
-        (Passes::OneIfPossible, Ok((of, why))) => {
+    let one_pass = match OnePass::of(problem, limits) {
+        Ok((of, why)) => {
             reason += &format!("; backward: {of}: {why}");
             Some(OnePassBackward::Mma(of))
         }
-        (Passes::OneIfPossible, Err(what)) => {
+        Err(what) => {
             reason += &format!("; backward in two passes, for there is no other with {what}");
             None
         }
@@ -392,31 +364,31 @@ mod tests {
         let tile = TileSize { bq: 128, bk: 64 };
         let halved = Problem { plan: narrow.plan.map(|plan| PlanShape { tile, ..plan }), ..narrow };
         let chosen = select(&halved, &h200(), KernelChoice::Hopper).unwrap();
-        assert!(chosen.one_pass.is_none() && chosen.reason.contains("whose tiles are no multiples of"));
+        let of_mma = matches!(chosen.one_pass, Some(OnePassBackward::Mma(_)));
+        assert!(of_mma && chosen.reason.contains("whose tiles are no multiples of"), "{}", chosen.reason);
         let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
         let few = select(&few, &h200(), KernelChoice::Hopper).unwrap();
         assert!(few.one_pass.is_none() && few.reason.contains("so few keys"), "{}", few.reason);
-        for unproven in [planned, whole] {
-            let auto = select(&unproven, &h200(), KernelChoice::Auto).unwrap();
-            assert_eq!(auto.kernel, Kernel::Mma, "{}", auto.reason);
-            assert!(auto.reason.contains("since it was rewritten"), "{}", auto.reason);
+        for (problem, kernel) in [(planned, Kernel::Mma), (whole, Kernel::Hopper)] {
+            let auto = select(&problem, &h200(), KernelChoice::Auto).unwrap();
+            assert_eq!(auto.kernel, kernel, "{}", auto.reason);
         }
     }
 
     #[test]
-    fn score_functions_go_to_the_portable_kernels_unless_another_is_named() {
+    fn score_functions_run_in_every_family() {
         let score = ScoreUse { code: ScoreCode::of::<Alibi>(), parameters: 2 };
         let problem = |element| Problem { score: Some(score), ..problem(300, element) };
-        let auto = select(&problem(Element::BF16), &h200(), KernelChoice::Auto).unwrap();
-        assert_eq!((auto.kernel, auto.mma), (Kernel::Portable, None));
-        assert!(auto.reason.contains("have not been run on a device yet"), "{}", auto.reason);
-        let named = |choice, kernel| {
-            let named = select(&problem(Element::BF16), &h200(), choice).unwrap();
-            assert_eq!((named.kernel, named.mma.is_some()), (kernel, true));
-            named
+        let chosen = |limits, choice, kernel| {
+            let chosen = select(&problem(Element::BF16), &limits, choice).unwrap();
+            assert_eq!((chosen.kernel, chosen.mma.is_some()), (kernel, true), "{}", chosen.reason);
+            chosen
         };
-        named(KernelChoice::Mma, Kernel::Mma);
-        assert!(!named(KernelChoice::Hopper, Kernel::Hopper).hopper.unwrap().plain);
+        chosen(ampere(), KernelChoice::Auto, Kernel::Mma);
+        chosen(h200(), KernelChoice::Mma, Kernel::Mma);
+        for choice in [KernelChoice::Auto, KernelChoice::Hopper] {
+            assert!(!chosen(h200(), choice, Kernel::Hopper).hopper.unwrap().plain);
+        }
         let narrow = Problem { head_dim: 64, value_dim: 64, ..problem(Element::BF16) };
         let narrow = select(&narrow, &h200(), KernelChoice::Hopper).unwrap();
         let Some(OnePassBackward::Hopper(backward)) = narrow.one_pass else { panic!("{:?}", narrow.one_pass) };
