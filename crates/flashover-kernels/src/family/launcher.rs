@@ -98,9 +98,11 @@ impl Launcher<'_> {
     }
 
     /// How many of `heads` heads are worked on side by side: as many as there are multiprocessors, with `cubes_each` cubes at a
-    /// time, for the cubes of their `tiles` tiles.
-    pub fn heads_side_by_side(&self, tiles: usize, cubes_each: usize, heads: usize) -> usize {
+    /// time, for the cubes of their `tiles` tiles. Under a plan as many as can be: cubes of a head that list other tiles
+    /// wait for each other at those that they share, the more the more of them there are.
+    pub fn heads_side_by_side(&self, tiles: usize, cubes_each: usize, heads: usize, listed: bool) -> usize {
         let multiprocessors = self.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+        let tiles = if listed { 1 } else { tiles };
         (multiprocessors * cubes_each / tiles).clamp(1, heads)
     }
 

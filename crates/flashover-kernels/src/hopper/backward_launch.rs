@@ -94,7 +94,7 @@ pub fn backward(
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
     let key_tiles = seq_kv.div_ceil(HopperBackwardConfig::BK);
-    let section = launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv);
+    let section = launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv, cfg.listed);
     // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
     unsafe {
         backward_kernel::launch_unchecked(
