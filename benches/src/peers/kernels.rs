@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use flashover::SparsePlan;
-use flashover::kernels::block_plan::{BlockPlan, PlanShape};
+use flashover::kernels::block_plan::BlockPlan;
 use flashover::kernels::cubecl::client::Client;
 use flashover::kernels::cubecl::future::block_on;
 use flashover::kernels::cubecl::prelude::*;
@@ -68,8 +68,7 @@ fn planned(client: &Client, spec: &Spec, problem: &mut Problem) -> Result<Option
     let plan = BlockPlan::new(&mask, Extent { batch, heads, seq_q, seq_kv }, SparsePlan::TILE);
     let plan = plan.map_err(|error| error.to_string())?.refine();
     let words = plan.to_words();
-    let copies = problem.batch as u64 / u64::from(plan.batch()) * problem.heads_q as u64 / u64::from(plan.heads());
-    problem.plan = Some(PlanShape { tile: plan.tile(), words: words.len(), points: plan.points() * copies });
+    problem.plan = Some(plan.shape(plan.points(), [problem.batch, problem.heads_q]));
     let handle = client.create_from_slice(u32::as_bytes(&words));
     Ok(Some(DeviceTensor::contiguous(handle, &[words.len()], u32::elem_type_native())))
 }

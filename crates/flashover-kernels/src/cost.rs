@@ -2,6 +2,8 @@
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
 use crate::family::launcher::SUM_UNITS;
+use crate::family::tile_shape::TileShape;
+use crate::family::turn_buffer::{LIST_STEPS, list_bytes};
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mask::Band;
 use crate::mma::{self, MmaConfig, MmaTile, OnePass};
@@ -188,6 +190,7 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     let read = 3 * model.o + model.statistic + dlse;
     let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
     costs.push(model.around(tile, "statistics_hopper", read + 2 * model.statistic, bindings, units));
+    costs.extend(model.list_steps(config.shape()));
     let (shared, units) = (config.shared_bytes(), config.units());
     costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
     costs.push(model.around(tile, "finish_hopper", 3 * model.q, 3, hopper::ROW_UNITS));
@@ -206,6 +209,7 @@ pub fn mma_one_pass(problem: &Problem, of: OnePass, with_dlse: bool) -> Vec<Cost
     costs.push(model.small("row_statistics", 3 * model.statistic + dlse, 2 + usize::from(with_dlse), 0));
     let moved = 3 * model.o + 3 * model.statistic;
     costs.push(model.around(tile, "delta_mma", moved, 5, mma::ROW_UNITS));
+    costs.extend(model.list_steps(of.tile.shape()));
     costs.push(model.one_pass(tile, "backward_mma", 9, of.shared_bytes(), of.tile.units()));
     costs.push(model.around(tile, "finish_mma", 3 * model.q, 3, mma::ROW_UNITS));
     costs
@@ -374,6 +378,13 @@ impl<'a> Model<'a> {
         let (flops, bindings) = (self.products(3, 2), bindings + self.bias_bound);
         let scratch_bytes = self.scratch_bytes;
         Cost { kernel, tile, flops, hbm_bytes: moved, bindings, shared_bytes, units, scratch_bytes }
+    }
+
+    /// The kernel that lists the steps of every key tile, under a plan: read again by the one that takes them.
+    fn list_steps(&self, shape: TileShape) -> Option<Cost> {
+        let plan = self.problem.plan?;
+        let moved = (plan.words * size_of::<u32>()) as u64 + 2 * list_bytes(self.problem, shape);
+        Some(self.small(LIST_STEPS, moved, 2, 0))
     }
 
     /// A kernel without matrix products.

@@ -333,7 +333,8 @@ mod tests {
             let by_name = select(&problem, &h200(), KernelChoice::Hopper);
             assert_eq!(by_name.is_ok(), named, "{d}, {dv}");
             for selection in [Ok(chosen), by_name].into_iter().flatten() {
-                let hopper = (selection.hopper.is_some(), selection.one_pass.is_some());
+                let backward = matches!(selection.one_pass, Some(OnePassBackward::Hopper(_)));
+                let hopper = (selection.hopper.is_some(), backward);
                 assert_eq!(hopper, (named, named && d.max(dv) <= 128), "{d}, {dv}");
             }
         }
@@ -351,7 +352,8 @@ mod tests {
             error(&even, &ampere()).contains("expected wgmma and the copy engine of sm90, which cuda does not have")
         );
         assert!(error(&problem(300, Element::F32), &h200()).contains("expected one of [F16, BF16] on cuda, got F32"));
-        let plan = PlanShape { tile: TileSize { bq: 64, bk: 64 }, words: 16, points: 1 };
+        let plan =
+            PlanShape { tile: TileSize { bq: 64, bk: 64 }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
         let planned = Problem { plan: Some(plan), ..even.clone() };
         assert!(error(&planned, &h200()).contains("plan: expected tiles of a multiple of [128, 64]"));
         let whole = PlanShape { tile: TileSize { bq: 128, bk: 128 }, ..plan };
@@ -401,7 +403,8 @@ mod tests {
 
     #[test]
     fn a_plan_that_no_tile_divides_goes_to_the_portable_kernels() {
-        let plan = |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1 };
+        let plan =
+            |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
         let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
         for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
             let auto = select(&planned(bq, bk), &ampere(), KernelChoice::Auto).unwrap();

@@ -52,11 +52,7 @@ impl SparseCase {
             }
         }
         let plan = self.plan();
-        let shape_of_plan = flashover_kernels::block_plan::PlanShape {
-            tile: self.tile,
-            words: plan.flat_words(),
-            points: plan.points(),
-        };
+        let shape_of_plan = plan.shape(plan.points(), [problem.batch, problem.heads_q]);
         let mut inputs = inputs.clone();
         inputs.operands.mask = Some(hides);
         (Problem { mask: Some(shape), plan: Some(shape_of_plan), ..problem.clone() }, inputs)

@@ -87,9 +87,7 @@ impl SparsePlan {
     pub(crate) fn shape_for(&self, problem: &Problem) -> Result<PlanShape, MaskError> {
         let plan = &self.0.plan;
         plan.check_problem(problem)?;
-        let copies = problem.batch as u64 / u64::from(plan.batch().max(1)) * problem.heads_q as u64;
-        let points = self.0.points * (copies / u64::from(plan.heads().max(1)));
-        Ok(PlanShape { tile: plan.tile(), words: plan.flat_words(), points })
+        Ok(plan.shape(self.0.points, [problem.batch, problem.heads_q]))
     }
 
     /// The plan as kernels read it: u32 `[words]`, uploaded at the first call for the device.

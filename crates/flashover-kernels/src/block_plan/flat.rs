@@ -36,8 +36,8 @@
 
 use cubecl::prelude::*;
 
-use super::BlockPlan;
 use super::lists::BlockLists;
+use super::{BlockPlan, PlanShape};
 
 /// Where the words of the header lie.
 pub mod header {
@@ -149,6 +149,20 @@ impl BlockPlan {
             words[at] = value as u32;
         }
         words
+    }
+
+    /// What a problem of `batch` elements and `heads_q` query heads knows of the plan, of whose visible [points](Self::points) there
+    /// are `points`.
+    pub fn shape(&self, points: u64, [batch, heads_q]: [usize; 2]) -> PlanShape {
+        let planes = [self.batch(), self.heads()].map(|n| n as usize);
+        let copies = batch / planes[0].max(1) * (heads_q / planes[1].max(1));
+        PlanShape {
+            tile: self.tile(),
+            words: self.flat_words(),
+            points: points * copies as u64,
+            planes,
+            column_words: block_words(&self.columns),
+        }
     }
 
     /// Words of [`to_words`](Self::to_words).

@@ -111,6 +111,10 @@ pub struct PlanShape {
     pub words: usize,
     /// Points of the listed tiles that the plan shows, over all batch elements and query heads.
     pub points: u64,
+    /// Batch elements and heads with lists of their own.
+    pub planes: [usize; 2],
+    /// Words of all columns' lists in [`flat`] form.
+    pub column_words: usize,
 }
 
 /// How a plan is built.

@@ -15,6 +15,7 @@ pub(crate) mod rounding;
 pub(crate) mod score_function;
 pub(crate) mod scratch;
 pub(crate) mod tile_shape;
+pub(crate) mod turn_buffer;
 pub(crate) mod turns;
 pub(crate) mod walk;
 

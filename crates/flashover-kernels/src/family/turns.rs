@@ -3,9 +3,9 @@
 use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, head_of};
-use super::listed::{Column, column, column_steps, keys_after, next_step, no_column};
+use super::listed::{Listing, Lists, listing, next_listed, no_listing, steps_listed};
 use super::tile_shape::TileShape;
-use super::walk::{Step, Walk, key_walk, no_walk, query_band_step, query_walk, reach_queries};
+use super::walk::{Step, Walk, key_walk, no_walk, query_band_step, query_walk};
 
 /// What a cube owns: a tile of keys, and the query heads that share them.
 #[derive(CubeType, Clone, Copy)]
@@ -20,7 +20,7 @@ pub(crate) struct KeyTile {
     pub j0: u32,
     /// Of the first head: position and key lengths are the same for all.
     pub at: Head,
-    /// The query tiles that see it, in each of the heads; under a plan those that position and key lengths leave.
+    /// The query tiles that see it, in each of the heads; not under a plan.
     pub walk: Walk,
     pub exists: bool,
 }
@@ -51,37 +51,24 @@ pub(crate) fn key_tile<E: Float>(
     let first_head = key_head * group;
     let j0 = tile * comptime!(shape.rows as u32);
     let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
-    let walk = seen_from(j0, at, scratch, n, shape, listed);
+    let walk = if comptime!(listed) { no_walk() } else { query_walk(j0, at, scratch, n, shape) };
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
 }
 
+/// How many steps a key tile takes under a plan, in all heads of the group. `lines` is where the buffer of the lists starts.
 #[cube]
-fn seen_from(
-    j0: u32,
-    at: Head,
+pub(crate) fn all_steps_listed<E: Float>(
+    owned: KeyTile,
+    lines: u64,
+    lists: Lists,
     scratch: &[u32],
     n: Numbers,
     #[comptime] shape: TileShape,
-    #[comptime] listed: bool,
-) -> Walk {
-    if comptime!(listed) {
-        let mut reach = no_walk();
-        reach_queries(&mut reach, j0, at, n, shape);
-        reach
-    } else {
-        query_walk(j0, at, scratch, n, shape)
-    }
-}
-
-/// How many steps a key tile takes under a plan, in all heads of the group.
-#[cube]
-pub(crate) fn listed_steps<E: Float>(owned: KeyTile, scratch: &[u32], n: Numbers, #[comptime] shape: TileShape) -> u32 {
+) -> u32 {
     let mut steps = 0u32;
-    if owned.walk.steps > 0 {
-        for g in 0..owned.group {
-            let at = listed_head::<E>(owned, owned.first_head + g, scratch, n);
-            steps += column_steps(owned.j0, owned.walk, at, scratch, n, shape);
-        }
+    for g in 0..owned.group {
+        let at = listed_head::<E>(owned, owned.first_head + g, scratch, n);
+        steps += steps_listed(lines, owned.j0, at, lists, scratch, n, shape);
     }
     steps
 }
@@ -110,24 +97,30 @@ pub(crate) fn turn_of(owned: KeyTile, m: u32, scratch: &[u32], n: Numbers, #[com
 #[derive(CubeType)]
 pub(crate) struct QueryTiles {
     /// Under a plan.
-    column: Column,
+    listing: Listing,
     /// How many came before, without one.
     t: u32,
+    /// How many cubes add to the one that was taken last before this one.
+    pub turn: u32,
 }
 
+/// `lines` is where the buffer of the lists starts.
 #[cube]
 pub(crate) fn query_tiles(
     owned: KeyTile,
     at: Head,
+    lines: u64,
+    lists: Lists,
     scratch: &[u32],
     n: Numbers,
     #[comptime] shape: TileShape,
     #[comptime] listed: bool,
 ) -> QueryTiles {
     if comptime!(listed) {
-        QueryTiles { column: column(owned.j0, owned.walk, at, scratch, n, shape), t: 0u32.runtime() }
+        let listing = listing(lines, owned.j0, at, lists, scratch, n, shape);
+        QueryTiles { listing, t: 0u32.runtime(), turn: 0u32.runtime() }
     } else {
-        QueryTiles { column: no_column(), t: 0u32.runtime() }
+        QueryTiles { listing: no_listing(), t: 0u32.runtime(), turn: 0u32.runtime() }
     }
 }
 
@@ -136,36 +129,19 @@ pub(crate) fn query_tiles(
 pub(crate) fn next_query_tile(
     tiles: &mut QueryTiles,
     owned: KeyTile,
-    scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] shape: TileShape,
     #[comptime] listed: bool,
 ) -> Step {
     if comptime!(listed) {
-        next_step(&mut tiles.column, owned.j0, owned.at.keys, scratch, n, with_bias, shape)
+        let next = next_listed(&mut tiles.listing, owned.j0, n);
+        tiles.turn = next.turn;
+        next.step
     } else {
         let mut step = query_band_step(owned.walk, tiles.t, owned.j0, owned.at, n, with_bias, shape);
         step.empty = tiles.t >= owned.walk.steps;
         tiles.t += 1;
         step
-    }
-}
-
-/// How many cubes add to the query tile from `i0` on before this one.
-#[cube]
-pub(crate) fn turn_at(
-    owned: KeyTile,
-    i0: u32,
-    at: Head,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] shape: TileShape,
-    #[comptime] listed: bool,
-) -> u32 {
-    if comptime!(listed) {
-        keys_after(owned.tile, i0, at, scratch, n, comptime!(shape.turned()))
-    } else {
-        turn_of(owned, i0 / comptime!(shape.cols as u32), scratch, n, shape)
     }
 }

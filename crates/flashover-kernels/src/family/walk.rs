@@ -393,7 +393,7 @@ pub(super) fn place_of(wanted: u32, list: u32, count: u32, stride: u32, scratch:
 
 /// The lists of the plan that serve a head.
 #[cube]
-fn plane_of(at: Head, scratch: &[u32], n: Numbers) -> u32 {
+pub(super) fn plane_of(at: Head, scratch: &[u32], n: Numbers) -> u32 {
     let heads = scratch[n.plan_at + header::HEADS];
     let b = select(scratch[n.plan_at + header::BATCH] == 1, 0u32, at.batch);
     b * heads + select(heads == 1, 0u32, at.head)

@@ -15,8 +15,8 @@
 //! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
 //! started. The first to come writes, the others add: nothing is zeroed before.
 //!
-//! **Under a block plan** the unit that copies walks the lists of the key tile's column, Full and Partial together, and tells the others of
-//! each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
+//! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
+//! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
 
 use cubecl::prelude::*;
 
@@ -37,8 +37,9 @@ use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::{Numbers, head_of};
+use crate::family::listed::Lists;
 use crate::family::ptx::{global_address, ticket, value_of};
-use crate::family::turns::{KeyTile, key_tile, listed_steps};
+use crate::family::turns::{KeyTile, all_steps_listed, key_tile};
 use crate::family::walk::{Step, query_band_step};
 use crate::score::ScoreCode;
 
@@ -47,7 +48,8 @@ const WARPS: u32 = 8;
 
 /// One cube a key tile and key head. `statistics` holds for each query head and query tile `−lse` in logarithms of base 2 and
 /// `delta`; `turns` the ticket counter and, for each query head and query tile, how many cubes have added to `dq`, which
-/// is in the order of threads (see [`finish_kernel`](super::backward_rows::finish_kernel)).
+/// is in the order of threads (see [`finish_kernel`](super::backward_rows::finish_kernel)); behind them the `lists` of steps,
+/// under a plan.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
     q: &TensorMap<E, Tiled>,
@@ -64,6 +66,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     n: Numbers,
     factor: f32,
     section: u32,
+    lists: Lists,
     #[comptime] with_bias: bool,
     #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
@@ -107,7 +110,8 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         if comptime!(cfg.listed) {
             let tile =
                 key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed);
-            own[comptime!(LINES * LINE)] = listed_steps::<E>(tile, scratch, n, comptime!(cfg.shape()));
+            own[comptime!(LINES * LINE)] =
+                all_steps_listed::<E>(tile, counters, lists, scratch, n, comptime!(cfg.shape()));
         }
     }
     sync_cube();
@@ -122,8 +126,8 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         let some = has_steps(&own, tile, cfg);
         if UNIT_POS == 0 && some {
             copy_tiles::<E>(
-                q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, lines, scratch, n,
-                with_bias, cfg,
+                q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, lines, counters,
+                lists, scratch, n, cfg,
             );
         }
         // Two units take the steps in turns: one waits until what it added has arrived while the other adds.

@@ -70,11 +70,6 @@ impl HopperBackwardConfig {
         TileShape { rows: Self::BK, cols: self.bq }
     }
 
-    /// As a tile of the queries' side.
-    pub(crate) const fn query_shape(&self) -> TileShape {
-        TileShape { rows: self.bq, cols: Self::BK }
-    }
-
     /// Units of a cube: the consumers, and a warpgroup that copies.
     pub const fn units(&self) -> usize {
         (CONSUMERS + 1) * WARPGROUP

@@ -10,7 +10,7 @@ use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bu
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
 use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
 use crate::family::element::Numbers;
-use crate::family::listed::{column, keys_after, next_step};
+use crate::family::listed::{Lists, listing, next_listed};
 use crate::family::ptx::global_address;
 use crate::family::turns::{KeyTile, listed_head, place_of, turn_of};
 
@@ -39,7 +39,7 @@ struct Copies {
 }
 
 /// Copies the keys and values, and query tile after query tile with the gradients of outputs and the statistics. Under a plan
-/// it tells of each step at `lines`.
+/// it reads the [list](crate::family::listed) of steps from the buffer that starts at `counters`, and tells of each at `lines`.
 #[cube]
 pub(crate) fn copy_tiles<E: Float>(
     q: &TensorMap<E, Tiled>,
@@ -55,9 +55,10 @@ pub(crate) fn copy_tiles<E: Float>(
     all: &Barriers,
     tile: KeyTile,
     lines: u32,
+    counters: u64,
+    lists: Lists,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     let stages = comptime!(cfg.stages());
@@ -80,18 +81,16 @@ pub(crate) fn copy_tiles<E: Float>(
         for g in 0..tile.group {
             let h = tile.first_head + g;
             let at = listed_head::<E>(tile, h, scratch, n);
-            let mut walk = column(tile.j0, tile.walk, at, scratch, n, comptime!(cfg.shape()));
+            let mut walk = listing(counters, tile.j0, at, lists, scratch, n, comptime!(cfg.shape()));
             let mut more = true.runtime();
             while more {
-                let step = next_step(&mut walk, tile.j0, tile.at.keys, scratch, n, with_bias, comptime!(cfg.shape()));
-                more = !step.empty;
+                let next = next_listed(&mut walk, tile.j0, n);
+                more = !next.step.empty;
                 if more {
-                    // Before the wait: it takes a while.
-                    let turn = keys_after(tile.tile, step.i0, at, scratch, n, comptime!(cfg.query_shape()));
                     // The line's last readers are done when the stage's are.
                     barrier_wait(address_at(&copies.q_free, ring.stage, stages), ring.parity);
-                    tell_step(lines, number, step, h, turn, n);
-                    let m = step.i0 / comptime!(cfg.bq as u32);
+                    tell_step(lines, number, next.step, h, next.turn, n);
+                    let m = next.step.i0 / comptime!(cfg.bq as u32);
                     copy_queries::<E>(q, d_o, sq, sdo, all, &copies, &mut ring, tile, h, m, n, cfg);
                     number += 1;
                 }

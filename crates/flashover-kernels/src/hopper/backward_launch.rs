@@ -11,6 +11,7 @@ use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan, check_rest};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout};
+use crate::family::turn_buffer::TurnBuffer;
 use crate::operands::{Gradients, Operands};
 use crate::problem::Problem;
 
@@ -50,11 +51,11 @@ pub fn backward(
     let launcher = Launcher { client, scratch_bytes: layout.bytes() };
     let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
     let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
-    let (float, word) = (f32::elem_type_native(), u32::elem_type_native());
+    let float = f32::elem_type_native();
     let statistics = DeviceTensor::empty(client, &[query_tiles * cfg.statistics() * cfg.bq], float);
-    let turns = DeviceTensor::empty(client, &[query_tiles + 1], word);
+    let turns = TurnBuffer::new(client, problem, query_tiles, cfg.shape());
     let Outputs { o, lse, dlse, .. } = outputs;
-    let bound = [o, &rest, d_o, lse, &statistics, &turns].into_iter().chain(dlse);
+    let bound = [o, &rest, d_o, lse, &statistics, &turns.words].into_iter().chain(dlse);
     let (bindings, address) = binding_facts(bound);
     launcher.note("statistics_hopper", &cfg, bindings, 0, ROW_UNITS);
     let rows = query_tiles * cfg.bq;
@@ -74,7 +75,7 @@ pub fn backward(
             lse.arg(),
             dlse.as_ref().map(DeviceTensor::arg).into(),
             statistics.buffer(),
-            turns.buffer(),
+            turns.words.buffer(),
             numbers(problem, &layout),
             stride(0),
             stride(1),
@@ -86,10 +87,11 @@ pub fn backward(
     }
     // Its memory may serve what follows.
     drop(rest);
+    turns.list_steps(&launcher, problem, &scratch, &layout, q.elem, cfg.shape());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
     let (dq, dk, dv) = (new(q), new(k), new(v));
     let sums = DeviceTensor::empty(client, &[query_tiles * cfg.dq_elements()], float);
-    let bound = [q, k, v, d_o, &scratch, &statistics, &turns, &sums, &dk, &dv];
+    let bound = [q, k, v, d_o, &scratch, &statistics, &turns.words, &sums, &dk, &dv];
     let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
@@ -109,13 +111,14 @@ pub fn backward(
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),
             statistics.buffer(),
-            turns.buffer(),
+            turns.words.buffer(),
             sums.buffer(),
             fours(&dk),
             fours(&dv),
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
             section as u32,
+            turns.lists(),
             bias.is_some(),
             problem.score.map(|score| score.code),
             cfg,
@@ -127,7 +130,7 @@ pub fn backward(
             np,
         );
     }
-    let (bindings, address) = binding_facts([&sums, &turns, &dq].into_iter());
+    let (bindings, address) = binding_facts([&sums, &turns.words, &dq].into_iter());
     launcher.note("finish_hopper", &cfg, bindings, 0, ROW_UNITS);
     let units = query_tiles * cfg.dq_elements() / 32;
     // SAFETY: a unit reads 8 of the vectors that the buffer was made for and tests rows and elements of dq.
@@ -138,7 +141,7 @@ pub fn backward(
             CubeDim::new_1d(ROW_UNITS as u32),
             address,
             BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
-            turns.buffer(),
+            turns.words.buffer(),
             eights(&dq),
             numbers(problem, &layout),
             units,

@@ -1,6 +1,6 @@
 //! What the unit that copies tells the others of a step under a plan: a line of shared memory, written before the barrier of
 //! the step's queries is arrived at. Consumers read it after they waited there, the units that add after they waited for
-//! the consumers. So only one unit walks the plan's lists.
+//! the consumers. So only one unit reads the list of steps.
 
 use cubecl::prelude::*;
 

@@ -111,7 +111,7 @@ mod tests {
         check_backward(&plain, &limits, cfg).unwrap();
         let error = |p: &Problem, cfg| check_backward(p, &limits, cfg).unwrap_err().to_string();
         let planned = |bq: u32, bk: u32| {
-            let plan = PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1 };
+            let plan = PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
             Problem { plan: Some(plan), ..plain.clone() }
         };
         let (listed, _) = HopperBackwardConfig::of(&planned(128, 128)).unwrap();

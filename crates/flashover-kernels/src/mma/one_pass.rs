@@ -28,11 +28,13 @@ use super::steps::{follow, no_step};
 use super::store::store_rows;
 use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of};
-use crate::family::ptx::{global_address, pack, ticket};
-use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_at};
+use crate::family::listed::Lists;
+use crate::family::ptx::{global_address, pack, ticket, value_of};
+use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_of};
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
-/// added to `sums`, which lie as the lanes hold them (see [`finish_kernel`](super::one_pass_rows::finish_kernel)).
+/// added to `sums`, which lie as the lanes hold them (see [`finish_kernel`](super::one_pass_rows::finish_kernel)); behind
+/// them the `lists` of steps, under a plan.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn one_pass_kernel<E: Float>(
     q: &Tensor<E>,
@@ -47,6 +49,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
     dv: &mut [E],
     n: Numbers,
     section: u32,
+    lists: Lists,
     #[comptime] with_bias: bool,
     #[comptime] of: OnePass,
     #[comptime] c: Compiled,
@@ -116,10 +119,10 @@ pub(crate) fn one_pass_kernel<E: Float>(
         let at = head_of::<E>(owned.batch, h, scratch, bias, n, with_bias);
         let q_rows = head_rows::<E>(q, owned.batch, h, n.seq_q, n.head_dim);
         let do_rows = head_rows::<E>(d_o, owned.batch, h, n.seq_q, n.value_dim);
-        let mut tiles = query_tiles(owned, at, scratch, n, tile.shape(), of.listed);
+        let mut tiles = query_tiles(owned, at, counters, lists, scratch, n, tile.shape(), of.listed);
         let mut stage = 0u32; // bytes from the first
         let mut next = no_step();
-        follow(&mut next, next_query_tile(&mut tiles, owned, scratch, n, with_bias, tile.shape(), of.listed));
+        follow(&mut next, next_query_tile(&mut tiles, owned, n, with_bias, tile.shape(), of.listed));
         // Nobody reads the last head's tiles any more.
         sync_cube();
         if !next.empty {
@@ -137,7 +140,8 @@ pub(crate) fn one_pass_kernel<E: Float>(
             // What is next is asked for while the products are under way.
             let mut step = no_step();
             follow(&mut step, next);
-            follow(&mut next, next_query_tile(&mut tiles, owned, scratch, n, with_bias, tile.shape(), of.listed));
+            let listed_turn = value_of::<u32>(tiles.turn);
+            follow(&mut next, next_query_tile(&mut tiles, owned, n, with_bias, tile.shape(), of.listed));
             let other = comptime!(stage_bytes as u32) - stage;
             if !next.empty {
                 load_queries::<E>(q, d_o, q_rows, do_rows, head, next.i0, stages + other, scratch, n, c);
@@ -177,7 +181,11 @@ pub(crate) fn one_pass_kernel<E: Float>(
             sync_cube();
             turn_pass(added, UNIT_POS == 0);
             let place = place_of(owned, h, step.i0 / comptime!(tile.cols as u32), n, tile.cols);
-            let turn = turn_at(owned, step.i0, at, scratch, n, tile.shape(), of.listed);
+            let turn = if comptime!(of.listed) {
+                listed_turn
+            } else {
+                turn_of(owned, step.i0 / comptime!(tile.cols as u32), scratch, n, tile.shape())
+            };
             added = counters + (place as u64 + 1u64) * 4u64;
             let early = turn_now(added);
             let mut part_q = Array::<Sums>::new(comptime!(2 * of.pairs()));

@@ -13,6 +13,7 @@ use crate::family::checks::{check_operands, check_outputs, check_plan, check_res
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::tile_shape::TileShape;
+use crate::family::turn_buffer::TurnBuffer;
 use crate::operands::{Gradients, Operands};
 use crate::problem::Problem;
 
@@ -144,12 +145,14 @@ pub fn backward_one_pass(
     let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
     fill_row_statistics(&launcher, problem, outputs, &scratch, &layout);
     let query_tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(of.tile.cols);
-    let turns = DeviceTensor::empty(client, &[query_tiles + 1], u32::elem_type_native());
+    let turns = TurnBuffer::new(client, problem, query_tiles, of.tile.shape());
     let c = Compiled::of(problem, of.tile, [q, k, v], Some(&outputs.do_));
     let call = Call { launcher, problem, operands, outputs, layout, scratch, turns, query_tiles, of, c };
     call.delta(&rest);
     // Its memory may serve what follows.
     drop(rest);
+    let Call { launcher, turns, scratch, layout, .. } = &call;
+    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape());
     let sums =
         DeviceTensor::empty(client, &[query_tiles * of.sums_bytes() / size_of::<f32>()], f32::elem_type_native());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
@@ -167,8 +170,7 @@ struct Call<'a> {
     outputs: &'a Outputs,
     layout: Layout,
     scratch: DeviceTensor,
-    /// The ticket counter, and one for each query tile.
-    turns: DeviceTensor,
+    turns: TurnBuffer,
     query_tiles: usize,
     of: OnePass,
     c: Compiled,
@@ -177,10 +179,10 @@ struct Call<'a> {
 impl Call<'_> {
     fn delta(&self, rest: &DeviceTensor) {
         let Outputs { o, do_, .. } = self.outputs;
-        let (bindings, address) = binding_facts([o, rest, do_, &self.scratch, &self.turns].into_iter());
+        let (bindings, address) = binding_facts([o, rest, do_, &self.scratch, &self.turns.words].into_iter());
         self.launcher.note("delta_mma", &self.of, bindings, 0, ROW_UNITS);
         let Problem { batch, heads_q, seq_q, .. } = *self.problem;
-        let (rows, counters) = (batch * heads_q * seq_q, self.query_tiles + 1);
+        let (rows, counters) = (batch * heads_q * seq_q, self.turns.counters);
         // SAFETY: rows are tested against the problem, whose shapes `check_outputs` held against the tensors, counters against
         // their number, of which there are at most as many as units.
         unsafe {
@@ -193,7 +195,7 @@ impl Call<'_> {
                 rest.buffer(),
                 do_.arg(),
                 self.scratch.buffer(),
-                self.turns.buffer(),
+                self.turns.words.buffer(),
                 numbers(self.problem, &self.layout),
                 rows,
                 counters,
@@ -206,7 +208,7 @@ impl Call<'_> {
     fn gradients(&self, sums: &DeviceTensor, dk: &DeviceTensor, dv: &DeviceTensor) {
         let Operands { q, k, v, bias, .. } = self.operands;
         let do_ = &self.outputs.do_;
-        let bound = [q, k, v, do_, &self.scratch, &self.turns, sums, dk, dv].into_iter().chain(bias);
+        let bound = [q, k, v, do_, &self.scratch, &self.turns.words, sums, dk, dv].into_iter().chain(bias);
         let (bindings, address) = binding_facts(bound);
         self.launcher.note("backward_mma", &self.of, bindings, self.of.shared_bytes(), self.of.tile.units());
         let Problem { batch, heads_kv, seq_kv, .. } = *self.problem;
@@ -227,12 +229,13 @@ impl Call<'_> {
                 do_.arg(),
                 bias.as_ref().map(DeviceTensor::arg).into(),
                 self.scratch.buffer(),
-                self.turns.buffer(),
+                self.turns.words.buffer(),
                 sums.buffer(),
                 dk.buffer(),
                 dv.buffer(),
                 numbers(self.problem, &self.layout),
                 section as u32,
+                self.turns.lists(),
                 bias.is_some(),
                 self.of,
                 self.c,
@@ -242,7 +245,7 @@ impl Call<'_> {
     }
 
     fn finish(&self, sums: &DeviceTensor, dq: &DeviceTensor) {
-        let (bindings, address) = binding_facts([sums, &self.turns, dq].into_iter());
+        let (bindings, address) = binding_facts([sums, &self.turns.words, dq].into_iter());
         self.launcher.note("finish_mma", &self.of, bindings, 0, ROW_UNITS);
         let units = self.query_tiles * self.of.sums_bytes() / PIECE / 4;
         // SAFETY: a unit reads 4 of the vectors that the buffer was made for and tests rows and elements of dq.
@@ -253,7 +256,7 @@ impl Call<'_> {
                 CubeDim::new_1d(ROW_UNITS as u32),
                 address,
                 BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
-                self.turns.buffer(),
+                self.turns.words.buffer(),
                 dq.buffer(),
                 numbers(self.problem, &self.layout),
                 units,
