@@ -98,12 +98,21 @@ impl Launcher<'_> {
     }
 
     /// How many of `heads` heads are worked on side by side: as many as there are multiprocessors, with `cubes_each` cubes at a
-    /// time, for the cubes of their `tiles` tiles. Under a plan as many as can be: cubes of a head that list other tiles
-    /// wait for each other at those that they share, the more the more of them there are.
-    pub fn heads_side_by_side(&self, tiles: usize, cubes_each: usize, heads: usize, listed: bool) -> usize {
-        let multiprocessors = self.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
-        let tiles = if listed { 1 } else { tiles };
-        (multiprocessors * cubes_each / tiles).clamp(1, heads)
+    /// time, for the cubes of their `tiles` tiles.
+    pub fn heads_side_by_side(&self, tiles: usize, cubes_each: usize, heads: usize) -> usize {
+        (self.multiprocessors() * cubes_each / tiles).clamp(1, heads)
+    }
+
+    /// The same under a plan. Cubes of a head that list other tiles wait for each other at those that they share, the more
+    /// the more of them there are; but what the heads read and add to, `bytes` each, should find room near the
+    /// multiprocessors (docs/measurements.md has the times).
+    pub fn listed_heads_side_by_side(&self, bytes: usize, heads: usize) -> usize {
+        const ROOM: usize = 80 << 20;
+        (ROOM / bytes.max(1)).max(4).min(self.multiprocessors()).clamp(1, heads)
+    }
+
+    fn multiprocessors(&self) -> usize {
+        self.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
     }
 
     /// Notes the launch of a kernel over tiles.

@@ -96,7 +96,13 @@ pub fn backward(
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
     let key_tiles = seq_kv.div_ceil(HopperBackwardConfig::BK);
-    let section = launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv, cfg.listed);
+    let section = if cfg.listed {
+        let q_heads = heads_q / heads_kv;
+        let bytes = q_heads * seq_q * (2 * (cfg.head_dim + cfg.value_dim) + 4 * cfg.head_dim);
+        launcher.listed_heads_side_by_side(bytes, batch * heads_kv)
+    } else {
+        launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv)
+    };
     // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
     unsafe {
         backward_kernel::launch_unchecked(
