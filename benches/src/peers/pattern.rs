@@ -142,7 +142,8 @@ mod tests {
                 }
                 Some(mask) => {
                     let extent = Extent { batch: 1, heads: 2, seq_q: seq as u32, seq_kv: seq as u32 };
-                    BlockPlan::new(&mask, extent, SparsePlan::TILE).expect("sound").points() as f64 / 2.0
+                    let plan = BlockPlan::new(&mask, extent, SparsePlan::TILE).expect("sound");
+                    plan.points() as f64 / f64::from(plan.heads())
                 }
             };
             // The diagonal is what the field does not count.
