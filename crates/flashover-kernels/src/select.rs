@@ -366,6 +366,9 @@ mod tests {
         let tile = TileSize { bq: 128, bk: 64 };
         let halved = Problem { plan: narrow.plan.map(|plan| PlanShape { tile, ..plan }), ..narrow };
         let chosen = select(&halved, &h200(), KernelChoice::Hopper).unwrap();
+        assert!(chosen.one_pass.is_none() && chosen.reason.contains("whose tiles are no multiples of"));
+        // A cube of mma owns 64 keys of such heads.
+        let chosen = select(&Problem { value_dim: 64, ..halved }, &h200(), KernelChoice::Hopper).unwrap();
         let of_mma = matches!(chosen.one_pass, Some(OnePassBackward::Mma(_)));
         assert!(of_mma && chosen.reason.contains("whose tiles are no multiples of"), "{}", chosen.reason);
         let few = Problem { plan: None, seq_kv: 15, ..whole.clone() };
