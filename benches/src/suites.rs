@@ -1,10 +1,11 @@
 //! The suites: which cases, which peers, which figures.
 
 use burn::tensor::{Device, Tensor};
-use flashover::kernels::mask::{Band, UNBOUNDED};
+use flashover::kernels::mask::Band;
 use flashover::kernels::problem::Element;
 
 use crate::case::{Case, Tensors};
+use crate::peers::pattern::Pattern;
 use crate::report::{Report, Run};
 use crate::{gate, gemm, memory, sparse, timing, torch};
 
@@ -25,11 +26,6 @@ impl Plan {
     pub fn takes_name(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only))
     }
-}
-
-/// A causal window of `keys` keys.
-fn window(keys: u32) -> Band {
-    Band { causal: true, left: keys - 1, right: UNBOUNDED, sinks: 0 }
 }
 
 /// The native CPU path: B1 H8 D64 at S 4096 against Burn's Flex, the GEMM rate, PyTorch; memory up to S 65,536.
@@ -111,7 +107,7 @@ fn densities(run: &Run, plan: &Plan, case: &Case, device: &Device, report: &mut 
 /// Memory of forward and backward in a window, as the sequence grows.
 fn memory_slope(run: &Run, plan: &Plan, element: Element, device: &Device, report: &mut Report) -> Result<(), String> {
     for seq in [4096, 8192, 16_384, 32_768, 65_536] {
-        let case = Case::new(window(1024), 1, 8, seq, 64, element);
+        let case = Case::new(Pattern::Window { keys: 1024 }.band(), 1, 8, seq, 64, element);
         if plan.takes(&case) {
             println!("{}: checking, then counting memory", case.name());
             gate::check(&case, device)?;

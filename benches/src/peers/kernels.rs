@@ -62,15 +62,12 @@ pub fn cuda() -> Result<Client, String> {
 }
 
 /// The plan of a spec's mask, which the problem then knows of.
-fn planned(client: &Client, spec: &Spec, problem: &mut Problem) -> Result<Option<DeviceTensor>, String> {
+fn planned(spec: &Spec, problem: &mut Problem) -> Result<Option<BlockPlan>, String> {
     let Some(mask) = spec.pattern.mask(spec.heads, spec.seq) else { return Ok(None) };
-    let [batch, heads, seq_q, seq_kv] = problem.score_shape().map(|n| n as u32);
-    let plan = BlockPlan::new(&mask, Extent { batch, heads, seq_q, seq_kv }, SparsePlan::TILE);
-    let plan = plan.map_err(|error| error.to_string())?.refine();
-    let words = plan.to_words();
+    let plan = BlockPlan::new(&mask, Extent::from(&*problem), SparsePlan::TILE).map_err(|error| error.to_string())?;
+    let plan = plan.refine();
     problem.plan = Some(plan.shape(plan.points(), [problem.batch, problem.heads_q]));
-    let handle = client.create_from_slice(u32::as_bytes(&words));
-    Ok(Some(DeviceTensor::contiguous(handle, &[words.len()], u32::elem_type_native())))
+    Ok(Some(plan))
 }
 
 impl Kernels {
@@ -87,7 +84,7 @@ impl Kernels {
     /// What `Auto` takes for a case here, and why.
     pub fn reason(client: &Client, spec: &Spec) -> Result<String, String> {
         let mut problem = spec.problem()?;
-        planned(client, spec, &mut problem)?;
+        planned(spec, &mut problem)?;
         let selection = select(&problem, &DeviceLimits::of(client), KernelChoice::Auto);
         Ok(selection.map_or_else(|error| error.to_string(), |selection| selection.reason))
     }
@@ -108,6 +105,13 @@ impl Kernels {
 
     fn call(&self) -> Result<&Call, String> {
         self.call.as_ref().ok_or_else(|| format!("{}: no case was loaded", self.name))
+    }
+
+    /// A plan as kernels read it.
+    fn upload(&self, plan: &BlockPlan) -> DeviceTensor {
+        let words = plan.to_words();
+        let handle = self.client.create_from_slice(u32::as_bytes(&words));
+        DeviceTensor::contiguous(handle, &[words.len()], u32::elem_type_native())
     }
 
     fn operands_of(&mut self, spec: &Spec, element: Element) -> Result<[Handle; 4], String> {
@@ -194,7 +198,7 @@ impl Contestant for Kernels {
     fn load(&mut self, spec: &Spec) -> Result<(), String> {
         self.call = None;
         let mut problem = spec.problem()?;
-        let plan = planned(&self.client, spec, &mut problem)?;
+        let plan = planned(spec, &mut problem)?.map(|plan| self.upload(&plan));
         let selection = select(&problem, &DeviceLimits::of(&self.client), self.choice);
         let mut selection = selection.map_err(|error| error.to_string())?;
         if let (Some(tile), Some(tiles)) = (self.tile, &mut selection.mma) {

@@ -24,17 +24,6 @@ const NOTHING: u32 = u32::MAX;
 /// Words of a line.
 pub(crate) const LINE: usize = 4;
 
-/// Where a search along lists ended.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Place {
-    /// The next Full and the next Partial block, as offsets into the plan.
-    full: u32,
-    partial: u32,
-    /// The next tile of the kernel in the first of the two.
-    part: u32,
-}
-
 /// Lists of steps in a buffer: where the first starts, and how many lines those of a batch element take. In lines.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -289,24 +278,17 @@ fn keys_after(j: u32, i0: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime
 /// How many tiles before tile `x` are listed.
 #[cube]
 fn listed_before(x: u32, lists: Walk, scratch: &[u32], n: Numbers) -> u32 {
-    let place = first_from(x, lists, scratch, n);
-    (place.full - lists.full + (place.partial - lists.partial) / 2u32) * lists.per + place.part
-}
-
-/// The first listed tile from `x` on.
-#[cube]
-fn first_from(x: u32, lists: Walk, scratch: &[u32], n: Numbers) -> Place {
     let (block, part) = (x / lists.per, x % lists.per);
     let end = lists_end(lists);
-    let full = lists.full + entries_below(block, lists.full, lists.partial - lists.full, 1u32, scratch, n);
-    let partial =
-        lists.partial + 2u32 * entries_below(block, lists.partial, (end - lists.partial) / 2u32, 2u32, scratch, n);
-    let mut place = Place { full, partial, part: 0u32 };
+    let full = entries_below(block, lists.full, lists.partial - lists.full, 1u32, scratch, n);
+    let partial = entries_below(block, lists.partial, (end - lists.partial) / 2u32, 2u32, scratch, n);
+    let mut tiles = (full + partial) * lists.per;
     if part > 0 {
-        let next = min(entry(full, lists.partial, scratch, n), entry(partial, end, scratch, n));
-        place.part = select(next == block, part, 0u32);
+        let next_full = entry(lists.full + full, lists.partial, scratch, n);
+        let next_partial = entry(lists.partial + 2u32 * partial, end, scratch, n);
+        tiles += select(min(next_full, next_partial) == block, part, 0u32);
     }
-    place
+    tiles
 }
 
 /// Number of entries of an ascending list that are below `wanted`: often none or all.

@@ -216,7 +216,7 @@ impl Call<'_> {
         let cubes_each = if self.of.tile.warps > 4 { 1 } else { 2 };
         let section = match self.of.listed {
             // Slow enough that memory keeps up with as many as there are.
-            true => self.launcher.listed_heads_side_by_side(1, batch * heads_kv),
+            true => self.launcher.heads_side_by_side(1, 1, batch * heads_kv),
             false => self.launcher.heads_side_by_side(key_tiles, cubes_each, batch * heads_kv),
         };
         // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
