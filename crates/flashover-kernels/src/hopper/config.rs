@@ -23,6 +23,17 @@ const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 /// Keys a query sees, from which on three warpgroups were measured to be faster than two (docs/measurements.md).
 const LONG: usize = 4096;
 
+/// What a barrier tells of: that a buffer of queries, a stage of keys or one of values has arrived, or that its place is free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    Queries,
+    Keys,
+    Values,
+    FreeQueries,
+    FreeKeys,
+    FreeValues,
+}
+
 /// Keys that a query sees on average, as far as the band tells.
 fn mean_keys(problem: &Problem) -> usize {
     let Problem { seq_q, seq_kv, band, .. } = *problem;
@@ -142,6 +153,23 @@ impl HopperConfig {
     /// Tiles of values in flight: one more than of keys, which are done with earlier, where there is room for it.
     pub const fn value_stages(&self) -> usize {
         if self.bytes_with(self.query_buffers(), self.stages + 1) <= SHARED { self.stages + 1 } else { self.stages }
+    }
+
+    /// Barriers that tell that something has arrived; as many behind them tell that its place is free.
+    pub(crate) const fn barriers(&self) -> usize {
+        self.query_buffers() + self.stages + self.value_stages()
+    }
+
+    /// Which barrier is the first of a kind.
+    pub(crate) const fn first_barrier(&self, gate: Gate) -> usize {
+        match gate {
+            Gate::Queries => 0,
+            Gate::Keys => self.query_buffers(),
+            Gate::Values => self.query_buffers() + self.stages,
+            Gate::FreeQueries => self.barriers(),
+            Gate::FreeKeys => self.barriers() + self.query_buffers(),
+            Gate::FreeValues => self.barriers() + self.query_buffers() + self.stages,
+        }
     }
 
     /// Shared memory of a cube in bytes, barriers and messages included.

@@ -7,15 +7,15 @@
 
 use cubecl::prelude::*;
 
-use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
+use super::config::{Gate, HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::messages::{LINE, QueryTile, after, told_step, told_tile};
-use super::produce::{Barriers, Gates, Lines, gates, produce};
+use super::produce::{Lines, gate_at, produce};
 use super::ptx::{
-    Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, uniform, value_text,
+    Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values,
+    named_arrive, named_wait, registers_decrease, registers_increase, score_text, shared_address, uniform, value_text,
     wait_after_text, wait_products, wait_products_after, wait_text,
 };
-use super::ring::{Ring, address_at, advance, barriers, ring_start};
+use super::ring::{Ring, advance, barrier_row, ring_start};
 use super::rows::{
     Place, RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
     softmax_tile,
@@ -67,8 +67,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len * value_stages, 1024usize);
     let line_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(LINE * (buffers + stages)), 16usize);
     let warps = comptime!(4 * cfg.consumers as u32);
-    let full = Barriers { q: barriers(buffers, 1u32), k: barriers(stages, 1u32), v: barriers(value_stages, 1u32) };
-    let free = Barriers { q: barriers(buffers, warps), k: barriers(stages, warps), v: barriers(value_stages, warps) };
+    let barriers = barrier_row(comptime!(cfg.barriers()), warps);
     fence_barriers();
     sync_cube();
 
@@ -78,16 +77,14 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if UNIT_POS == 0 {
             let lines = lines_at(&line_words, cfg);
             produce::<E>(
-                q, k, v, bias, &mut sq, &mut sk, &mut sv, &full, &free, lines, scratch, n, works, section, with_bias,
-                cfg,
+                q, k, v, bias, &mut sq, &mut sk, &mut sv, &barriers, lines, scratch, n, works, section, with_bias, cfg,
             );
         }
     } else {
         registers_increase(registers);
-        let group = uniform(UNIT_POS / comptime!(WARPGROUP as u32)) - 1;
+        let group = UNIT_POS / comptime!(WARPGROUP as u32) - 1;
         let consumer = Consumer {
-            full: gates(&full, cfg),
-            free: gates(&free, cfg),
+            barriers: barrier_address(&barriers[0]),
             lines: lines_at(&line_words, cfg),
             q: uniform(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() })),
             k: uniform(shared_address::<E>(unsafe { sk.as_slice().as_ptr_unchecked() })),
@@ -114,8 +111,8 @@ fn lines_at(words: &Shared<[u32]>, #[comptime] cfg: HopperConfig) -> Lines {
 /// What a thread of a consumer knows from the start.
 #[derive(CubeType)]
 struct Consumer {
-    full: Gates,
-    free: Gates,
+    /// Address of the first barrier.
+    barriers: u32,
     lines: Lines,
     /// Where the buffers of queries, keys and values start.
     q: u32,
@@ -142,8 +139,6 @@ struct Carried {
     queries: Ring,
     keys: Ring,
     values: Ring,
-    /// The barrier of those keys.
-    k_full: u32,
 }
 
 /// All steps of a cube.
@@ -165,15 +160,15 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
     let output_done = comptime!(wait_text(no, cfg.value_dim, 0));
     let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
-    barrier_wait(address_at(&consumer.full.q, 0u32, cfg.query_buffers()), 0u32);
+    barrier_wait(gate_at(consumer.barriers, 0u32, Gate::Queries, cfg), 0u32);
     let (first, exists) = told_tile(consumer.lines.tiles, 0u32);
     if exists {
         let mut keys = ring_start(0u32);
-        barrier_wait(address_at(&consumer.full.k, 0u32, cfg.stages), 0u32);
+        barrier_wait(gate_at(consumer.barriers, 0u32, Gate::Keys, cfg), 0u32);
         let told = told_step(consumer.lines.steps, 0u32, first.i0, n, cfg);
         let flying = scores::<NS>(consumer, 0u32, 0u32, cfg);
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
-        barrier_arrive(address_at(&consumer.free.k, 0u32, cfg.stages), consumer.leader);
+        barrier_arrive(gate_at(consumer.barriers, 0u32, Gate::FreeKeys, cfg), consumer.leader);
         let mut rows = rows_start(n);
         let factor = consumer.factor;
         weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, factor, with_bias, function, true, cfg);
@@ -189,7 +184,6 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             queries: ring_start(0u32),
             keys,
             values: ring_start(0u32),
-            k_full: address_at(&consumer.full.k, keys.stage, cfg.stages),
         };
         while carried.next != comptime!(after::NOTHING) {
             next_step::<E, NS, NO, NP>(
@@ -212,7 +206,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         }
         make_room::<NO>(&mut out, &mut carried, consumer, scratch, o, lse, rest, n, written, cfg);
         let stage = value_of::<u32>(carried.values.stage);
-        barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
+        barrier_wait(gate_at(consumer.barriers, stage, Gate::Values, cfg), carried.values.parity);
         if comptime!(cfg.packs_late()) {
             p = packed::<NS, NP>(s, cfg);
         }
@@ -254,11 +248,11 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     let opens = carried.next == comptime!(after::NEXT_TILE);
     let (k_stage, v_stage) = (value_of::<u32>(carried.keys.stage), value_of::<u32>(carried.values.stage));
     if opens {
-        barrier_arrive(address_at(&consumer.free.q, carried.queries.stage, buffers), consumer.leader);
+        barrier_arrive(gate_at(consumer.barriers, carried.queries.stage, Gate::FreeQueries, cfg), consumer.leader);
         advance(&mut carried.queries, comptime!(buffers as u32));
-        barrier_wait(address_at(&consumer.full.q, carried.queries.stage, buffers), carried.queries.parity);
+        barrier_wait(gate_at(consumer.barriers, carried.queries.stage, Gate::Queries, cfg), carried.queries.parity);
     }
-    barrier_wait(carried.k_full, carried.keys.parity);
+    barrier_wait(gate_at(consumer.barriers, k_stage, Gate::Keys, cfg), carried.keys.parity);
     named_wait(1 + consumer.group, both);
     let flying = scores::<NS>(consumer, carried.queries.stage, k_stage, cfg);
     let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
@@ -268,7 +262,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
         named_arrive(following, both);
     }
     make_room::<NO>(out, carried, consumer, scratch, o, lse, rest, n, written, cfg);
-    barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
+    barrier_wait(gate_at(consumer.barriers, v_stage, Gate::Values, cfg), carried.values.parity);
     if comptime!(cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
     }
@@ -281,11 +275,9 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
         open_tile(carried, consumer, n);
     }
     let told = told_step(consumer.lines.steps, k_stage, carried.tile.i0, n, cfg);
-    // Where the step after waits: worked out now, while the products are in flight.
     advance(&mut carried.keys, comptime!(cfg.stages as u32));
-    carried.k_full = value_of::<u32>(address_at(&consumer.full.k, carried.keys.stage, cfg.stages));
     *s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
-    barrier_arrive(address_at(&consumer.free.k, k_stage, cfg.stages), consumer.leader);
+    barrier_arrive(gate_at(consumer.barriers, k_stage, Gate::FreeKeys, cfg), consumer.leader);
     // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
     let (tile, factor) = (carried.tile, consumer.factor);
     if comptime!(cfg.plain) && told.step.full {
@@ -308,7 +300,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     }
     let (l0, l1) = (value_of::<f32>(carried.rows.l0), value_of::<f32>(carried.rows.l1));
     *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
-    barrier_arrive(address_at(&consumer.free.v, v_stage, value_stages), consumer.leader);
+    barrier_arrive(gate_at(consumer.barriers, v_stage, Gate::FreeValues, cfg), consumer.leader);
     advance(&mut carried.values, comptime!(value_stages as u32));
     if comptime!(!cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);

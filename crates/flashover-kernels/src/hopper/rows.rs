@@ -74,6 +74,11 @@ pub(crate) fn hide<N: Size>(
     #[comptime] with_bits: bool,
     #[comptime] bk: usize,
 ) {
+    let words = comptime!(bk.div_ceil(32));
+    let mut bits = Array::<u32>::new(comptime!(2 * words));
+    if with_bits {
+        read_bits(&mut bits, place, step, at, scratch, n, words);
+    }
     #[unroll]
     for r in 0..2usize {
         let a = position(place.i + comptime!(8 * r as u32), n);
@@ -83,13 +88,11 @@ pub(crate) fn hide<N: Size>(
         let end = min(a + min(n.right, n.ahead), at.keys - 1) + 1 - from;
         let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - from;
         #[unroll]
-        for word in 0..comptime!(bk.div_ceil(32)) {
+        for word in 0..words {
             let before = comptime!(32 * word as i32);
             let mut seen = ones(first - before, end - before) | ones(0i32, sinks - before);
             if with_bits {
-                if n.mask_at != 0 || step.bits != 0 {
-                    seen &= seen_bits(place, step, at, scratch, n, r, word) >> place.column;
-                }
+                seen &= bits[comptime!(r * words + word)] >> place.column;
             }
             #[unroll]
             for x in 0..comptime!(8.min((bk - 32 * word) / 4)) {
@@ -115,32 +118,48 @@ fn ones(start: i32, end: i32) -> u32 {
     out
 }
 
-/// What a dense mask and the bits of a plan let a row see of the 32 keys of a word.
+/// What a dense mask and the bits of a plan let a thread's rows see, `words` words a row. All are asked for before any is needed: one
+/// after another they would take longer than the product.
 #[cube]
-fn seen_bits(
+fn read_bits(
+    bits: &mut Array<u32>,
     place: Place,
     step: Step,
     at: Head,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] r: usize,
-    #[comptime] word: usize,
-) -> u32 {
-    // What lies past the ends has no word; keys are hidden by then, rows are not stored.
-    let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
-    let j0 = step.j0 + comptime!(32 * word as u32);
-    let mut seen = 0xFFFF_FFFFu32.runtime();
-    if n.mask_at != 0 && j0 < n.seq_kv {
-        let bit = j0 * n.mask_key;
-        let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
-        // A mask that is broadcast along the keys has one bit for all.
-        seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
+    #[comptime] words: usize,
+) {
+    let all = 0xFFFF_FFFFu32;
+    #[unroll]
+    for x in 0..comptime!(2 * words) {
+        bits[x] = all.runtime();
     }
     if step.bits != 0 {
-        let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
-        seen &= scratch[step.bits + at as usize];
+        #[unroll]
+        for x in 0..comptime!(2 * words) {
+            let (i, column) = (row_of(place, n, comptime!(x / words)), comptime!(32 * (x % words) as u32));
+            let word = bit_word(0u32, step.row_words, i - step.i0, column);
+            bits[x] = scratch[step.bits + word as usize];
+        }
     }
-    seen
+    // Keys past the end have no bits; their position hides them.
+    if n.mask_at != 0 && step.j0 < n.seq_kv {
+        #[unroll]
+        for x in 0..comptime!(2 * words) {
+            let (i, j0) = (row_of(place, n, comptime!(x / words)), step.j0 + comptime!(32 * (x % words) as u32));
+            let bit = min(j0, n.seq_kv - 1) * n.mask_key;
+            let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
+            // A mask that is broadcast along the keys has one bit for all.
+            bits[x] &= select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
+        }
+    }
+}
+
+/// The query of row `r` of a thread. What lies past the end has no bits; such rows are not stored.
+#[cube]
+fn row_of(place: Place, n: Numbers, #[comptime] r: usize) -> u32 {
+    min(place.i + comptime!(8 * r as u32), n.seq_q - 1)
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
