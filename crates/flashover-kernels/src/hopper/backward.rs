@@ -13,7 +13,7 @@
 //! **dq has the same bits in every run.** The cubes of a head take turns at a query tile, the last key tile first: with
 //! a window or causal order it starts at the last queries, so they come by in that order; without, they follow each other
 //! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
-//! started. The first to come writes, the others add: nothing is zeroed before.
+//! started. The first to come writes, the others add: nothing is zeroed before. Unordered, they add to zeros as they come.
 //!
 //! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
 //! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.

@@ -30,6 +30,8 @@ pub struct HopperBackwardConfig {
     pub plain: bool,
     /// Whether a block plan lists the tiles.
     pub listed: bool,
+    /// Whether cubes add to dq as they come, not in turns.
+    pub unordered: bool,
 }
 
 impl HopperBackwardConfig {
@@ -38,7 +40,9 @@ impl HopperBackwardConfig {
 
     /// Tiles for a problem, and why; or what the kernel has no form for.
     pub fn of(problem: &Problem) -> Result<(Self, &'static str), &'static str> {
-        let Problem { head_dim, value_dim, element, softcap, alibi, bias, score, mask, dropout, plan, .. } = *problem;
+        let Problem {
+            head_dim, value_dim, element, softcap, alibi, bias, score, mask, dropout, plan, unordered, ..
+        } = *problem;
         let shaped = softcap.is_some() || alibi || bias.is_some() || score.is_some();
         let plain = !(shaped || mask.is_some() || dropout.is_some());
         let padded = |dim: usize| HEAD_DIMS.into_iter().find(|&native| native >= dim);
@@ -49,7 +53,8 @@ impl HopperBackwardConfig {
             ..=128 if plain => (128, "registers hold the scores of 128 queries beside dk and dv"),
             _ => (64, "registers hold the scores of 64 queries beside dk and dv"),
         };
-        let config = HopperBackwardConfig { element, bq, head_dim, value_dim, plain, listed: plan.is_some() };
+        let config =
+            HopperBackwardConfig { element, bq, head_dim, value_dim, plain, listed: plan.is_some(), unordered };
         match plan {
             Some(plan) if !config.divides(plan.tile) => Err(match bq {
                 64 => "a block plan whose tiles are no multiples of 64 queries and 128 keys",
@@ -151,7 +156,8 @@ impl core::fmt::Display for HopperBackwardConfig {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         let HopperBackwardConfig { bq, head_dim, value_dim, .. } = self;
         write!(f, "tile {bq}x{}, {CONSUMERS} warpgroups, head {head_dim}, values {value_dim}", Self::BK)?;
-        if self.listed { f.write_str(", listed") } else { Ok(()) }
+        f.write_str(if self.listed { ", listed" } else { "" })?;
+        f.write_str(if self.unordered { ", unordered" } else { "" })
     }
 }
 

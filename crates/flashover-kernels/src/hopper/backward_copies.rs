@@ -153,8 +153,8 @@ fn copy_queries<E: Float>(
     advance(ring, comptime!(stages as u32));
 }
 
-/// Adds what consumers have for dq, every other of `steps` steps, when it is the cube's turn. `counters` and `dq` are where the turns and
-/// the sums start.
+/// Adds what consumers have for dq, every other of `steps` steps, when it is the cube's turn, or in any order. `counters` and `dq` are
+/// where the turns and the sums start.
 #[cube]
 pub(crate) fn add_up(
     sdq: &Shared<[Vector<f32, Const<4>>]>,
@@ -188,16 +188,22 @@ pub(crate) fn add_up(
             barrier_wait(full, parity);
         }
         parity ^= 1u32;
-        turn_wait(counter, due.turn);
-        if due.turn == 0 {
+        if comptime!(!cfg.unordered) {
+            turn_wait(counter, due.turn);
+        }
+        if comptime!(cfg.unordered) {
+            bulk_add(to, dq_at, bytes);
+        } else if due.turn == 0 {
             bulk_store(to, dq_at, bytes);
         } else {
             bulk_add(to, dq_at, bytes);
         }
         bulk_wait_read();
         barrier_arrive(free, true);
-        bulk_wait();
-        turn_pass(counter);
+        if comptime!(!cfg.unordered) {
+            bulk_wait();
+            turn_pass(counter);
+        }
         step += 2;
     }
 }
@@ -216,6 +222,11 @@ fn due_at(
         told_due(lines, step, cfg)
     } else {
         let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
-        Due { head: tile.first_head + g, m, turn: turn_of(tile, m, scratch, n, comptime!(cfg.shape())) }
+        let turn = if comptime!(cfg.unordered) {
+            0u32.runtime()
+        } else {
+            turn_of(tile, m, scratch, n, comptime!(cfg.shape()))
+        };
+        Due { head: tile.first_head + g, m, turn }
     }
 }
