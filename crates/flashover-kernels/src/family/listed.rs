@@ -150,10 +150,11 @@ fn listed_step(
         }
         index = below * lists.per + part - column.before;
         let full = bits == 0 && tile_is_full(i0, tile.cols, j0, tile.rows, at.keys, n, with_bias);
-        turn_and_full = select(full, 1u32, 0u32);
         if comptime!(ordered) {
-            turn_and_full +=
-                2 * keys_after(j0 / comptime!(tile.rows as u32), i0, at, scratch, n, comptime!(tile.turned()));
+            let turn = keys_after(j0 / comptime!(tile.rows as u32), i0, at, scratch, n, comptime!(tile.turned()));
+            turn_and_full = 2 * turn + select(full, 1u32, 0u32);
+        } else {
+            turn_and_full = select(full, 1u32, 0u32);
         }
     }
     Listed { exists, index, i0, bits, turn_and_full }

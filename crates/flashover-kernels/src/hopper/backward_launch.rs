@@ -111,7 +111,7 @@ pub fn backward(
     let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
-    let key_tiles = seq_kv.div_ceil(HopperBackwardConfig::BK);
+    let key_tiles = seq_kv.div_ceil(cfg.bk());
     let section = if cfg.listed {
         let q_heads = heads_q / heads_kv;
         let bytes = q_heads * seq_q * (2 * (cfg.head_dim + cfg.value_dim) + 4 * cfg.head_dim);
@@ -127,8 +127,8 @@ pub fn backward(
             CubeDim::new_1d(cfg.units() as u32),
             address,
             tiles(q, cfg.bq),
-            tiles(k, HopperBackwardConfig::BK),
-            tiles(v, HopperBackwardConfig::BK),
+            tiles(k, cfg.bk()),
+            tiles(v, cfg.bk()),
             tiles(d_o, cfg.bq),
             bias.as_ref().map(DeviceTensor::arg).into(),
             scratch.buffer(),

@@ -112,7 +112,7 @@ pub(crate) fn finish_kernel(
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     if ABSOLUTE_POS < units {
-        let (eights, pieces) = comptime!((cfg.bq / 8, cfg.head_dim / PIECE));
+        let (eights, pieces) = comptime!((cfg.bq / 8, cfg.dq_pieces()));
         let tiles = n.seq_q.div_ceil(comptime!(cfg.bq as u32)) as usize;
         let (c, w) = (ABSOLUTE_POS % 4, ABSOLUTE_POS / 4 % 4);
         let block = ABSOLUTE_POS / 16;
