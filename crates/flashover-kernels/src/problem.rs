@@ -90,6 +90,9 @@ pub struct Problem {
     pub learned_sinks: bool,
     /// Dropout of the probabilities.
     pub dropout: Option<Dropout>,
+    /// Whether the parts of q's gradient may be added up in any order, and its last bits differ from run to run.
+    #[serde(default)]
+    pub unordered: bool,
 }
 
 impl Problem {
@@ -126,6 +129,7 @@ impl Problem {
             key_lengths: false,
             learned_sinks: false,
             dropout: None,
+            unordered: false,
         };
         problem.validate()?;
         Ok(problem)

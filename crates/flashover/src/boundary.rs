@@ -40,6 +40,7 @@ impl Prepared {
         problem.softcap = options.softcap;
         problem.band = options.checked_band()?;
         problem.dropout = options.dropout.filter(|dropout| dropout.probability != 0.0);
+        problem.unordered = options.unordered;
         if let Some(bias) = &options.bias {
             same_device(&device, "bias", &bias.device())?;
             same_dtype(&q, "bias", bias)?;

@@ -35,6 +35,7 @@ pub struct AttentionOptions {
     pub(crate) plan: Option<SparsePlan>,
     pub(crate) another_mask: Option<MaskError>,
     pub(crate) kernel: KernelChoice,
+    pub(crate) unordered: bool,
 }
 
 impl AttentionOptions {
@@ -215,6 +216,18 @@ impl AttentionOptions {
     /// ```
     pub fn kernel(mut self, choice: KernelChoice) -> Self {
         self.kernel = choice;
+        self
+    }
+
+    /// Whether gradients have the same bits in every run; `true` unless given. `false` lets the gradient of `q` differ in its last bits
+    /// from run to run, where that is faster: the backward of [`KernelChoice::Hopper`] then adds up its parts in any order. All
+    /// others always add in order.
+    ///
+    /// ```
+    /// let fastest = flashover::AttentionOptions::new().causal().deterministic(false);
+    /// ```
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.unordered = !deterministic;
         self
     }
 

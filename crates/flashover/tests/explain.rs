@@ -47,6 +47,10 @@ fn plain(_: &Device, _: DType) -> AttentionOptions {
     AttentionOptions::new().causal()
 }
 
+fn unordered(_: &Device, _: DType) -> AttentionOptions {
+    AttentionOptions::new().deterministic(false)
+}
+
 fn everything(device: &Device, dtype: DType) -> AttentionOptions {
     let vector = |n: usize| Tensor::<1>::ones([n], device).require_grad();
     let bias = Tensor::<4>::ones([1, 4, 1, 90], device).cast(dtype).detach().require_grad();
@@ -72,6 +76,7 @@ fn planned(device: &Device, dtype: DType) -> AttentionOptions {
 fn explain_holds_against_the_launch_log() {
     let holds_on = |device: &Device, dtype: DType| {
         holds(device, dtype, plain);
+        holds(device, dtype, unordered);
         holds(device, dtype, everything);
         holds(device, dtype, with_function);
         holds(device, dtype, planned);

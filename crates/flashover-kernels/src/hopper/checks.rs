@@ -56,7 +56,7 @@ pub fn check_backward(problem: &Problem, limits: &DeviceLimits, cfg: HopperBackw
     if let Some(plan) = problem.plan
         && !cfg.divides(plan.tile)
     {
-        let expected = [cfg.bq as u32, HopperBackwardConfig::BK as u32];
+        let expected = [cfg.bq as u32, cfg.bk() as u32];
         return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
     }
     let (what, limit, found) = ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes());

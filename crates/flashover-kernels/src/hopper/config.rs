@@ -15,7 +15,7 @@ pub(crate) const WARPGROUP: usize = 128;
 pub(crate) const ROWS: usize = 64;
 
 /// Shared memory that a cube may have on sm90, in bytes.
-const SHARED: usize = 232_448;
+pub(super) const SHARED: usize = 232_448;
 
 /// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];

@@ -12,6 +12,7 @@ mod backward_launch;
 mod backward_messages;
 mod backward_rows;
 mod backward_scores;
+mod backward_wide;
 mod bulk;
 mod checks;
 mod config;

@@ -152,7 +152,7 @@ pub fn backward_one_pass(
     // Its memory may serve what follows.
     drop(rest);
     let Call { launcher, turns, scratch, layout, .. } = &call;
-    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape());
+    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape(), true);
     let sums =
         DeviceTensor::empty(client, &[query_tiles * of.sums_bytes() / size_of::<f32>()], f32::elem_type_native());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);

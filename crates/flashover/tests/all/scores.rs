@@ -1,8 +1,6 @@
 //! Score functions of a user's: values, every gradient, and that of their parameters, beside every other option.
 
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-#[cfg(feature = "cuda")]
-use flashover::SparsePlan;
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::cubecl;
 use flashover::kernels::cubecl::prelude::*;
@@ -12,6 +10,8 @@ use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::score::{Position, ScoreFunction, ScoreUse};
 use flashover::kernels::select::KernelChoice;
 use flashover::{AttentionOptions, attention};
+#[cfg(feature = "cuda")]
+use flashover::{SparsePlan, explain};
 use flashover_testing::bridge;
 use flashover_testing::data::{Case, Inputs, Rng};
 use flashover_testing::score::{Buckets, Waves, with_buckets, with_waves};
@@ -113,6 +113,25 @@ fn every_option_agrees_by_hopper() {
     matrix_kernels_agree(KernelChoice::Hopper);
 }
 
+/// Gradients that may be added up in any order are held to the same budget, with every option and under plans; only Hopper's backward
+/// makes use of it.
+#[cfg(feature = "cuda")]
+#[test]
+fn unordered_gradients_agree_by_the_matrix_kernels() {
+    let device = devices::gpu().expect("a CUDA build has one").autodiff();
+    for (n, kernel) in (0..8).flat_map(|n| [(n, KernelChoice::Mma), (n, KernelChoice::Hopper)]) {
+        let case = sized_case(n, [Element::BF16, Element::F16][n % 2], [300, 410], [64, 128]);
+        let case = Case { problem: Problem { unordered: true, ..case.problem }, ..case };
+        let inputs = case.inputs();
+        let tensors = bridge::Tensors::new(&case.problem, &inputs, &device);
+        let options = tensors.options(&case.problem).kernel(kernel);
+        let reason = explain(&tensors.q, &tensors.k, &tensors.v, &options).expect("sound").reason;
+        assert_eq!(reason.contains("unordered"), kernel == KernelChoice::Hopper, "{reason}");
+        let call = Call { kernel, ..Call::default() };
+        check_call(&case, call, std::slice::from_ref(&device)).unwrap_or_else(|message| panic!("{message}"));
+    }
+}
+
 /// Forward and backward of both families.
 #[cfg(feature = "cuda")]
 #[test]
@@ -127,7 +146,7 @@ fn plans_and_score_functions_agree_by_the_matrix_kernels() {
         let (plan, inputs) = (SparsePlan::from(case.plan()), case.case.inputs());
         let (problem, dense) = case.dense(&inputs);
         let references = References::of(&problem, &dense);
-        let more = |options: AttentionOptions| options.plan(&plan).kernel(kernel);
+        let more = |options: AttentionOptions| options.plan(&plan).kernel(kernel).deterministic(n % 4 != 3);
         let results = bridge::run_with(&case.case.problem, &inputs, case.case.lse_gradient, &device, more);
         let results = results.expect("sound");
         let checked = references.check_forward(&results.o, &results.lse);
