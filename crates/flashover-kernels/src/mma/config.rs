@@ -232,3 +232,38 @@ fn in_pieces(tensor: &DeviceTensor) -> bool {
     let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
     aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(piece_len) && offset.is_multiple_of(PIECE)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Precision;
+
+    /// Shared memory that a cube can have on sm86 and sm89, sm80, and sm90.
+    const SM86: usize = 99 * 1024;
+    const SM80: usize = 163 * 1024;
+    const SM90: usize = 227 * 1024;
+
+    #[test]
+    fn tiles_of_f32_fit_the_shared_memory() {
+        for (dim, forward, backward) in [
+            (1, SM86, SM86),
+            (64, SM86, SM86),
+            (112, SM86, SM86),
+            (128, SM86, SM80),
+            (192, SM86, SM80),
+            (256, SM80, SM90),
+        ] {
+            for seq_q in [1, 300] {
+                let shape = |seq| [1, 2, seq, dim];
+                let plain = Problem::new(shape(seq_q), shape(300), shape(300), Element::F32).unwrap();
+                let problem = Problem { precision: Precision::Tf32x3, ..plain };
+                let (config, why) = MmaConfig::of(&problem);
+                let (queries, keys) =
+                    (config.queries.queries_shared_bytes(&problem), config.keys.keys_shared_bytes(&problem));
+                let found = config.forward.forward_shared_bytes(&problem);
+                assert!(found <= forward && queries.max(keys) <= backward, "{dim}: {found}, {queries}, {keys}; {why}");
+                assert_eq!(config.shared_bytes(&problem), found.max(queries).max(keys));
+            }
+        }
+    }
+}
