@@ -8,7 +8,7 @@ use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mma::{self, FEW_KEYS, MmaConfig, OnePass};
 use crate::operands::{Gradients, Operands};
 use crate::portable::{self, TileConfig};
-use crate::problem::Problem;
+use crate::problem::{Precision, Problem};
 
 /// Who chooses the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -137,11 +137,18 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         }
         KernelChoice::Auto => {
             let mma = select_hopper(problem, limits, "a Hopper GPU, and this element type").or_else(|faster| {
-                let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
+                let what = match problem.precision {
+                    Precision::Tf32x3 => "the tensor cores multiply f32 as three products of tf32",
+                    Precision::Exact => "the tensor cores multiply this element type",
+                };
+                let why = format!("{what}; not hopper ({faster})");
                 select_mma(problem, limits, &why)
             });
             mma.or_else(|faster| {
-                let why_kernel = format!("the mma kernel cannot run ({faster})");
+                let mut why_kernel = format!("the mma kernel cannot run ({faster})");
+                if problem.precision == Precision::Tf32x3 {
+                    why_kernel += ", and this one multiplies f32 exactly";
+                }
                 select_portable(problem, limits, &why_kernel).map_err(nothing)
             })
         }
@@ -235,6 +242,7 @@ mod tests {
             hardware: true,
             ptx: false,
             matrix_elements: Vec::new(),
+            matrix_tf32: false,
             matrix_loads: Vec::new(),
             async_copies: false,
             wgmma: false,
@@ -261,6 +269,7 @@ mod tests {
             elements: vec![Element::F32, Element::F16, Element::BF16],
             ptx: true,
             matrix_elements: matrix.clone(),
+            matrix_tf32: true,
             matrix_loads: matrix,
             async_copies: true,
             wgmma: false,
@@ -301,9 +310,39 @@ mod tests {
         let error = refused(DeviceLimits { ptx: false, ..ampere() }, Element::BF16);
         assert!(error.contains("expected PTX"), "{error}");
         let error = refused(ampere(), Element::F32);
+        assert!(error.ends_with("mma kernel: expected f32 at precision Tf32x3, got precision Exact"), "{error}");
+        let error = refused(DeviceLimits { matrix_tf32: false, ..ampere() }, Element::F32);
         assert!(error.contains("element type: expected one of [F16, BF16] on cuda, got F32"), "{error}");
         let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..ampere() }, Element::F16);
         assert!(error.contains("bytes of shared memory"), "{error}");
+    }
+
+    #[test]
+    fn f32_goes_to_tensor_cores_where_it_may_be_three_products_of_tf32() {
+        let exact = |seq_q| problem(seq_q, Element::F32);
+        let rounded = |seq_q| Problem { precision: Precision::Tf32x3, ..exact(seq_q) };
+        for limits in [ampere(), h200()] {
+            for seq_q in [1, 300] {
+                let auto = select(&rounded(seq_q), &limits, KernelChoice::Auto).unwrap();
+                assert_eq!((auto.kernel, auto.one_pass), (Kernel::Mma, None), "{}", auto.reason);
+                assert!(auto.reason.contains("f32 as three products of tf32; not hopper ("), "{}", auto.reason);
+                assert!(auto.reason.contains("backward in two passes"), "{}", auto.reason);
+                select(&rounded(seq_q), &limits, KernelChoice::Mma).unwrap();
+                let auto = select(&exact(seq_q), &limits, KernelChoice::Auto).unwrap();
+                assert_eq!(auto.kernel, Kernel::Portable, "{}", auto.reason);
+                assert!(
+                    auto.reason.contains("expected f32 at precision Tf32x3, got precision Exact"),
+                    "{}",
+                    auto.reason
+                );
+            }
+        }
+        let error = select(&rounded(300), &h200(), KernelChoice::Hopper).unwrap_err().to_string();
+        assert!(error.contains("expected one of [F16, BF16] on cuda, got F32"), "{error}");
+        let auto = select(&rounded(300), &limits(), KernelChoice::Auto).unwrap();
+        assert_eq!(auto.kernel, Kernel::Portable);
+        assert!(auto.reason.contains("element type: expected one of [] on test, got F32"), "{}", auto.reason);
+        assert!(auto.reason.contains("this one multiplies f32 exactly"), "{}", auto.reason);
     }
 
     #[test]

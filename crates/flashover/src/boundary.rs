@@ -37,6 +37,7 @@ impl Prepared {
         if let Some(scale) = options.scale {
             problem.scale = scale;
         }
+        problem.precision = options.precision;
         problem.softcap = options.softcap;
         problem.band = options.checked_band()?;
         problem.dropout = options.dropout.filter(|dropout| dropout.probability != 0.0);

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::launch_log;
 use flashover::kernels::mask::Mask;
-use flashover::{AttentionOptions, SparsePlan, attention, explain};
+use flashover::{AttentionOptions, Precision, SparsePlan, attention, explain};
 use flashover_testing::score::Buckets;
 
 #[path = "all/devices.rs"]
@@ -51,6 +51,10 @@ fn unordered(_: &Device, _: DType) -> AttentionOptions {
     AttentionOptions::new().deterministic(false)
 }
 
+fn rounded(_: &Device, _: DType) -> AttentionOptions {
+    AttentionOptions::new().causal().precision(Precision::Tf32x3)
+}
+
 fn everything(device: &Device, dtype: DType) -> AttentionOptions {
     let vector = |n: usize| Tensor::<1>::ones([n], device).require_grad();
     let bias = Tensor::<4>::ones([1, 4, 1, 90], device).cast(dtype).detach().require_grad();
@@ -83,8 +87,10 @@ fn explain_holds_against_the_launch_log() {
     };
     holds_on(&devices::flex(), DType::F32);
     holds_on(&devices::flex(), DType::F16);
+    holds(&devices::flex(), DType::F32, rounded);
     let Some(device) = devices::gpu() else { return devices::skip("explain", "this build has no GPU backend") };
     holds_on(&device, DType::F32);
+    holds(&device, DType::F32, rounded);
     if device.supports_dtype(DType::F16) {
         holds_on(&device, DType::F16);
     } else {

@@ -141,7 +141,7 @@ pub(crate) struct Step {
     pub full: bool,
     /// Position and key lengths hide all of it.
     pub empty: bool,
-    /// Where the plan's bits of the tile start in the scratch buffer; 0 where it hides nothing.
+    /// The word of the scratch buffer that the plan's bits of the tile start in; 0 where it hides nothing.
     pub bits: usize,
     pub row_words: u32,
 }
@@ -229,7 +229,7 @@ pub(crate) fn key_step(
         let (word, part) = (n.plan_at + block as usize, t % walk.per);
         j = scratch[word] * walk.per + part;
         if block >= walk.partial {
-            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols as u32 / 32)) as usize;
+            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols as u32) / 32u32) as usize;
         }
     }
     step(i0, tile.rows, j * comptime!(tile.cols as u32), tile.cols, bits, walk.row_words, at, n, with_bias)

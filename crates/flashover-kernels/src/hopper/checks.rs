@@ -100,6 +100,7 @@ mod tests {
             hardware: true,
             ptx: true,
             matrix_elements: vec![Element::BF16],
+            matrix_tf32: true,
             matrix_loads: vec![Element::BF16],
             async_copies: true,
             wgmma: true,

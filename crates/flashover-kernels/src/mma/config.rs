@@ -1,6 +1,6 @@
 //! Tiles, and what of a problem is compiled into a kernel.
 
-use super::tile::{PIECE, PIECE_LEN, padded, pitch};
+use super::tile::{PIECE, padded, pitch};
 use crate::block_plan::TileSize;
 use crate::device::DeviceTensor;
 use crate::family::tile_shape::TileShape;
@@ -84,7 +84,8 @@ impl core::fmt::Display for MmaTile {
 
 /// Bytes between rows of keys and of values in shared memory.
 fn pitches(problem: &Problem) -> (usize, usize) {
-    (pitch(padded(problem.head_dim)), pitch(padded(problem.value_dim)))
+    let of = |dim| pitch(padded(dim), problem.element);
+    (of(problem.head_dim), of(problem.value_dim))
 }
 
 /// Bytes of a stage's log-sum-exps and deltas.
@@ -112,6 +113,9 @@ impl MmaConfig {
         let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
         let all = |tile| MmaConfig { forward: tile, queries: tile, keys: tile };
         let dim = padded(problem.head_dim.max(problem.value_dim));
+        if problem.element == Element::F32 {
+            return Self::of_f32(problem, dim, small_plan);
+        }
         // Which tile is fastest was measured: docs/measurements.md.
         if dim > WIDE {
             (all(deep), "more registers go to a row of so many elements")
@@ -128,6 +132,25 @@ impl MmaConfig {
             let large = MmaConfig { forward: tile(4, 2, 64), queries: narrow, keys: narrow };
             (large, "the tiles measured fastest for small heads")
         }
+    }
+
+    /// Those for elements of f32, which take twice the shared memory, and the registers of both their parts: up to 128 elements a row what
+    /// a forward takes fits twice into 200 KB.
+    fn of_f32(problem: &Problem, dim: usize, small_plan: bool) -> (Self, &'static str) {
+        let tile = |blocks, cols| MmaTile { warps: 4, blocks, cols, part: cols };
+        let (deep, small) = (tile(1, 16), tile(1, 32));
+        let (forward, backward, why) = if dim > WIDE {
+            (deep, deep, "more registers and memory go to a row of so many elements")
+        } else if dim > WIDE / 2 {
+            (small, deep, "two cubes of such heads share a multiprocessor")
+        } else if small_plan {
+            (small, small, "the tiles of the block plan are no multiple of larger ones")
+        } else if problem.seq_q <= small.rows() {
+            (small, small, "few queries")
+        } else {
+            (tile(2, 32), small, "small heads: values are taken apart once for two blocks of queries")
+        };
+        (MmaConfig { forward, queries: backward, keys: backward }, why)
     }
 
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
@@ -172,7 +195,7 @@ pub(crate) struct Compiled {
     pub options: bool,
     /// The user's score function: one of the options.
     pub function: Option<ScoreCode>,
-    /// Whether this is a backward with fewer keys than [`FEW_KEYS`].
+    /// Whether this is a backward with fewer keys than [`FEW_KEYS`], of 16 bits each.
     pub few_keys: bool,
 }
 
@@ -196,15 +219,51 @@ impl Compiled {
                 || dropout.is_some()
                 || scale as f32 <= f32::MIN_POSITIVE,
             function: score.map(|score| score.code),
-            few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS,
+            few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS && element != Element::F32,
         }
     }
 }
 
 /// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.
 fn in_pieces(tensor: &DeviceTensor) -> bool {
+    let piece_len = PIECE / tensor.elem.size();
     let mut outer = tensor.shape.iter().zip(&tensor.strides).take(3);
-    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
+    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(piece_len));
     let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
-    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(PIECE_LEN) && offset.is_multiple_of(PIECE)
+    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(piece_len) && offset.is_multiple_of(PIECE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Precision;
+
+    /// Shared memory that a cube can have on sm86 and sm89, sm80, and sm90.
+    const SM86: usize = 99 * 1024;
+    const SM80: usize = 163 * 1024;
+    const SM90: usize = 227 * 1024;
+
+    #[test]
+    fn tiles_of_f32_fit_the_shared_memory() {
+        for (dim, forward, backward) in [
+            (1, SM86, SM86),
+            (64, SM86, SM86),
+            (112, SM86, SM86),
+            (128, SM86, SM80),
+            (192, SM86, SM80),
+            (256, SM80, SM90),
+        ] {
+            for seq_q in [1, 300] {
+                let shape = |seq| [1, 2, seq, dim];
+                let plain = Problem::new(shape(seq_q), shape(300), shape(300), Element::F32).unwrap();
+                let problem = Problem { precision: Precision::Tf32x3, ..plain };
+                let (config, why) = MmaConfig::of(&problem);
+                let (queries, keys) =
+                    (config.queries.queries_shared_bytes(&problem), config.keys.keys_shared_bytes(&problem));
+                let found = config.forward.forward_shared_bytes(&problem);
+                assert!(found <= forward && queries.max(keys) <= backward, "{dim}: {found}, {queries}, {keys}; {why}");
+                assert_eq!(config.shared_bytes(&problem), found.max(queries).max(keys));
+            }
+        }
+    }
 }

@@ -16,7 +16,7 @@ use super::ptx::{Fragment, Sums, any_lane, commit_copies, row_maximum, row_sum, 
 use super::scores::{all_scores, hide, place, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
-use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use super::tile::{PIECE, Rows, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash, where_kept};
 use crate::family::ptx::exp2;
 use crate::family::walk::{Side, key_walk, work_of};
@@ -60,8 +60,9 @@ pub(crate) fn forward_kernel<E: Float>(
     let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
 
     // Queries (later the output), then the stages: keys and values.
-    let (k_bytes, v_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
-    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.cols * pitch(c.head_dim, c.element), tile.cols * pitch(c.value_dim, c.element)));
+    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim), c.element));
     let memory = Shared::<[Fragment]>::new_aligned_slice(
         comptime!((q_bytes + STAGES * (k_bytes + v_bytes)) / PIECE),
         comptime!(PIECE),
@@ -73,9 +74,9 @@ pub(crate) fn forward_kernel<E: Float>(
     // This lane's first row and column of every block of sums.
     let quarter = lane % 4;
     let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
-    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
-    let k_place = column_place(stage_at, c.head_dim);
-    let v_place = row_place(stage_at + comptime!(k_bytes as u32), c.value_dim);
+    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let k_place = column_place(stage_at, c.head_dim, c.element);
+    let v_place = depth_place(stage_at + comptime!(k_bytes as u32), c.value_dim, c.element);
 
     let mut acc = Array::<Sums>::new(comptime!(blocks * value_blocks)); // o [16 · blocks, Dv]
     #[unroll]
@@ -120,7 +121,7 @@ pub(crate) fn forward_kernel<E: Float>(
         #[unroll]
         for number in 0..comptime!(tile.cols / tile.part) {
             let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-            let down = comptime!((number * tile.part * pitch(c.head_dim)) as u32);
+            let down = comptime!((number * tile.part * pitch(c.head_dim, c.element)) as u32);
             product(&mut s, q_place, k_place + stage + down, c.head_dim, part.tile, c.element); // s = q · kᵀ
 
             if comptime!(number == 0) {
@@ -147,7 +148,7 @@ pub(crate) fn forward_kernel<E: Float>(
             for x in 0..comptime!(blocks * col_blocks) {
                 weights(&mut s, &m, &mut l, &hash, unit, column, x, n, part);
             }
-            let down = comptime!((number * tile.part * pitch(c.value_dim)) as u32);
+            let down = comptime!((number * tile.part * pitch(c.value_dim, c.element)) as u32);
             accumulate(&mut acc, &s, v_place + stage + down, c.value_dim, part); // o += p · v
         }
         stage = other;
@@ -304,7 +305,7 @@ fn weights(
 #[cube]
 fn load_values<E: Float>(v: &Tensor<E>, v_rows: Rows, j0: u32, stage: u32, #[comptime] c: Compiled) {
     let tile = comptime!(c.tile);
-    let to = stage + comptime!((tile.cols * pitch(c.head_dim)) as u32);
+    let to = stage + comptime!((tile.cols * pitch(c.head_dim, c.element)) as u32);
     load_rows::<E>(v, v_rows, j0, to, tile.cols, c.value_dim, c.v_pieces, tile.units(), c.element);
 }
 

@@ -17,7 +17,7 @@ use crate::family::launcher::{Forward, Launcher, Outputs, binding_facts, cubes_o
 use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
-use crate::problem::Problem;
+use crate::problem::{Element, Problem};
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
 /// both contiguous, and likewise what rounding took from `o`, which a [one-pass backward](super::backward_one_pass) asks for.
@@ -33,6 +33,12 @@ pub fn forward(
     config: MmaConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), config)?;
+    if with_rest && problem.element == Element::F32 {
+        return Err(KernelError::Form {
+            kernel: "forward_mma",
+            what: "elements of f32, of which rounding takes nothing",
+        });
+    }
     let tile = config.forward;
     let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
         ControlFlow::Continue(call) => call,

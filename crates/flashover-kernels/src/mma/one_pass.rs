@@ -67,7 +67,8 @@ pub(crate) fn one_pass_kernel<E: Float>(
         terminate!();
     }
     // Keys (later dk), values (later dv), the stages (queries, gradients of outputs, statistics), and ds.
-    let (k_bytes, v_bytes) = comptime!((tile.rows() * pitch(c.head_dim), tile.rows() * pitch(c.value_dim)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.rows() * pitch(c.head_dim, c.element), tile.rows() * pitch(c.value_dim, c.element)));
     let memory = Shared::<[Fragment]>::new_aligned_slice(comptime!(of.shared_bytes() / PIECE), comptime!(PIECE));
     let k_at = shared_address(&memory);
     let v_at = k_at + comptime!(k_bytes as u32);
@@ -75,26 +76,26 @@ pub(crate) fn one_pass_kernel<E: Float>(
     let ds_at = stages + comptime!((STAGES * of.stage_bytes()) as u32);
     let col_blocks = comptime!(tile.cols / COLS);
     let sums_at = global_address::<f32>(&*sums);
-    let (q_bytes, stage_bytes) = comptime!((tile.cols * pitch(c.head_dim), of.stage_bytes()));
+    let (q_bytes, stage_bytes) = comptime!((tile.cols * pitch(c.head_dim, c.element), of.stage_bytes()));
     let (warp, lane) = (UNIT_POS / comptime!(WARP as u32), UNIT_POS % comptime!(WARP as u32));
     let warp_row = warp * comptime!(ROWS as u32);
     let j0 = owned.j0;
     // This lane's first row and column of every block of sums.
     let (row, column) = (j0 + warp_row + lane / 4, lane % 4 * 2);
-    let k_place = row_place(k_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
-    let v_place = row_place(v_at + warp_row * comptime!(pitch(c.value_dim) as u32), c.value_dim);
+    let k_place = row_place(k_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let v_place = row_place(v_at + warp_row * comptime!(pitch(c.value_dim, c.element) as u32), c.value_dim, c.element);
     let do_at = stages + comptime!(q_bytes as u32);
-    let q_place = column_place(stages, c.head_dim);
-    let q_rows_place = row_place(stages, c.head_dim);
-    let do_place = column_place(do_at, c.value_dim);
-    let do_rows_place = row_place(do_at, c.value_dim);
-    let statistics = do_at + comptime!((tile.cols * pitch(c.value_dim)) as u32) + column * 4;
+    let q_place = column_place(stages, c.head_dim, c.element);
+    let q_rows_place = row_place(stages, c.head_dim, c.element);
+    let do_place = column_place(do_at, c.value_dim, c.element);
+    let do_rows_place = row_place(do_at, c.value_dim, c.element);
+    let statistics = do_at + comptime!((tile.cols * pitch(c.value_dim, c.element)) as u32) + column * 4;
     // Where it writes ds; the queries and the elements of the head dimension that the warp takes of dq.
-    let ds_write = ds_at + (warp_row + lane / 4) * comptime!(pitch(tile.cols) as u32) + column * 2;
+    let ds_write = ds_at + (warp_row + lane / 4) * comptime!(pitch(tile.cols, c.element) as u32) + column * 2;
     let (query_warp, part) = (warp % comptime!(of.query_warps() as u32), warp / comptime!(of.query_warps() as u32));
-    let ds_place = column_place(ds_at, tile.cols) + query_warp * comptime!((2 * ROWS) as u32);
+    let ds_place = column_place(ds_at, tile.cols, c.element) + query_warp * comptime!((2 * ROWS) as u32);
     let first_pair = part * comptime!(of.pairs() as u32);
-    let k_rows_place = row_place(k_at, c.head_dim) + first_pair * comptime!(2 * PIECE as u32);
+    let k_rows_place = row_place(k_at, c.head_dim, c.element) + first_pair * comptime!(2 * PIECE as u32);
 
     let mut acc_k = Array::<Sums>::new(comptime!(c.head_dim / COLS));
     #[unroll]
@@ -170,7 +171,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
                 #[unroll]
                 for half in 0..2usize {
                     let (low, high) = (dp[col].extract(comptime!(2 * half)), dp[col].extract(comptime!(2 * half + 1)));
-                    let offset = comptime!(8 * half * pitch(tile.cols) + col * PIECE);
+                    let offset = comptime!(8 * half * pitch(tile.cols, c.element) + col * PIECE);
                     store_shared(ds_write, offset, pack(low, high, c.element));
                 }
             }

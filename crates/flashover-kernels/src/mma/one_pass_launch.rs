@@ -15,7 +15,7 @@ use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::tile_shape::TileShape;
 use crate::family::turn_buffer::TurnBuffer;
 use crate::operands::{Gradients, Operands};
-use crate::problem::Problem;
+use crate::problem::{Element, Problem};
 
 /// Buffers that its largest launch binds.
 pub(crate) const BINDINGS: usize = 11;
@@ -42,6 +42,9 @@ impl OnePass {
     /// Sizes for a problem on a device, and why; or what it has no form for.
     pub fn of(problem: &Problem, limits: &DeviceLimits) -> Result<(Self, &'static str), &'static str> {
         let (head_dim, value_dim) = (padded(problem.head_dim), padded(problem.value_dim));
+        if problem.element == Element::F32 {
+            return Err("elements of f32");
+        }
         if problem.seq_kv < FEW_KEYS {
             return Err("so few keys");
         }
@@ -84,14 +87,19 @@ impl OnePass {
         (self.head_dim / 16).is_multiple_of(self.tile.warps / self.query_warps())
     }
 
+    /// Bytes between rows in shared memory, the same for all elements that it takes.
+    const fn pitch(&self, dim: usize) -> usize {
+        pitch(dim, Element::BF16)
+    }
+
     /// Bytes of a stage: queries, gradients of outputs, statistics.
     pub(crate) const fn stage_bytes(&self) -> usize {
-        self.tile.cols * (pitch(self.head_dim) + pitch(self.value_dim)) + statistics_bytes(&self.tile)
+        self.tile.cols * (self.pitch(self.head_dim) + self.pitch(self.value_dim)) + statistics_bytes(&self.tile)
     }
 
     /// Bytes of a tile of gradients of scores, a row a key.
     pub(crate) const fn ds_bytes(&self) -> usize {
-        self.tile.rows() * pitch(self.tile.cols)
+        self.tile.rows() * self.pitch(self.tile.cols)
     }
 
     /// Bytes of a tile of dq in f32.
@@ -101,7 +109,7 @@ impl OnePass {
 
     /// Shared memory of a cube in bytes.
     pub const fn shared_bytes(&self) -> usize {
-        let own = self.tile.rows() * (pitch(self.head_dim) + pitch(self.value_dim));
+        let own = self.tile.rows() * (self.pitch(self.head_dim) + self.pitch(self.value_dim));
         own + STAGES * self.stage_bytes() + self.ds_bytes()
     }
 }

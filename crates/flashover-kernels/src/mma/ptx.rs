@@ -10,6 +10,13 @@
 //! B    [16, 8]    2 registers of 2:  (2t, g), (2t + 8, g), and the next row each
 //! C, D [16, 8]    4 floats:          (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 //! ```
+//!
+//! Of tf32 (m16n8k8), where a matrix of 8×4 floats is loaded as one of 8×8 elements of 16 bits:
+//!
+//! ```text
+//! A    [16, 8]    4 registers:       (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//! B    [8, 8]     2 registers:       (t, g), (t + 4, g)
+//! ```
 
 use cubecl::prelude::*;
 
@@ -30,6 +37,18 @@ pub(crate) fn mma(a: Fragment, b0: u32, b1: u32, c: Sums, #[comptime] element: E
     let out: Sums;
     gpu_asm!(
         "mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {a}, {{{b0}, {b1}}}, {c};",
+        d = out(_) out, a = in(_) a, b0 = in(_) b0, b1 = in(_) b1, c = in(_) c, options(pure, nomem),
+    );
+    out
+}
+
+/// `a · b + c` of a 16×8 and an 8×8 block of tf32: f32 whose last 13 bits do not count. Sums are cut, not rounded.
+#[cube]
+pub(crate) fn mma_tf32(a: Fragment, b0: u32, b1: u32, c: Sums) -> Sums {
+    let (a, b0, b1, c) = (value_of::<Fragment>(a), value_of::<u32>(b0), value_of::<u32>(b1), value_of::<Sums>(c));
+    let out: Sums;
+    gpu_asm!(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {d}, {a}, {{{b0}, {b1}}}, {c};",
         d = out(_) out, a = in(_) a, b0 = in(_) b0, b1 = in(_) b1, c = in(_) c, options(pure, nomem),
     );
     out
@@ -142,6 +161,25 @@ pub(crate) fn wait_copies(#[comptime] pending: usize) {
 pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
     let (address, x) = (value_of::<u32>(address), value_of::<u32>(x));
     gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
+}
+
+/// Writes two registers to shared memory.
+#[cube]
+pub(crate) fn store_shared_8(address: u32, #[comptime] offset: usize, low: u32, high: u32) {
+    let (address, low, high) = (value_of::<u32>(address), value_of::<u32>(low), value_of::<u32>(high));
+    gpu_asm!(
+        "st.shared.v2.b32 [{address}+{offset}], {{{low}, {high}}};",
+        address = in(_) address, low = in(_) low, high = in(_) high,
+    );
+}
+
+/// Reads a register from shared memory.
+#[cube]
+pub(crate) fn load_shared(address: u32, #[comptime] offset: usize) -> u32 {
+    let address = value_of::<u32>(address);
+    let out: u32;
+    gpu_asm!("ld.shared.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
 }
 
 /// Reads two floats from shared memory.

@@ -3,8 +3,8 @@
 use cubecl::prelude::*;
 
 use super::config::{COLS, MmaTile, ROWS, WARP};
-use super::ptx::{Sums, store_global_2, store_global_16, store_shared};
-use super::tile::{PIECE, PIECE_LEN, pitch};
+use super::ptx::{Sums, store_global_2, store_global_16, store_shared, store_shared_8};
+use super::tile::{PIECE, piece_len, pitch};
 use crate::family::ptx::{global_address, load_shared_16, pack};
 use crate::family::rounding::lost;
 use crate::problem::Element;
@@ -31,10 +31,11 @@ pub(crate) fn store_rows<E: Float>(
     let (blocks, value_blocks) = comptime!((tile.blocks, dim / COLS));
     let lane = UNIT_POS % comptime!(WARP as u32);
     let warp_row = UNIT_POS / comptime!(WARP as u32) * comptime!((blocks * ROWS) as u32);
-    let whole = width.is_multiple_of(comptime!(PIECE_LEN as u32));
+    let (bytes, pitch, piece_len) = comptime!((element.bytes(), pitch(dim, element), piece_len(element)));
+    let whole = width.is_multiple_of(comptime!(piece_len as u32));
     if whole {
-        let at = at + warp_row * comptime!(pitch(dim) as u32);
-        let to = at + lane / 4 * comptime!(pitch(dim) as u32) + lane % 4 * 4;
+        let at = at + warp_row * comptime!(pitch as u32);
+        let to = at + lane / 4 * comptime!(pitch as u32) + lane % 4 * comptime!(2 * bytes as u32);
         #[unroll]
         for x in 0..comptime!(blocks * value_blocks) {
             #[unroll]
@@ -43,20 +44,24 @@ pub(crate) fn store_rows<E: Float>(
                 let low = acc[x].extract(comptime!(2 * half)) * factor;
                 let high = acc[x].extract(comptime!(2 * half + 1)) * factor;
                 let below = comptime!(x / value_blocks * ROWS + half * 8);
-                let offset = comptime!(below * pitch(dim) + x % value_blocks * PIECE);
-                store_shared(to, offset, rounded(low, high, rest, element));
+                let offset = comptime!(below * pitch + x % value_blocks * COLS * bytes);
+                if comptime!(element == Element::F32) {
+                    store_shared_8(to, offset, u32::reinterpret(low), u32::reinterpret(high));
+                } else {
+                    store_shared(to, offset, rounded(low, high, rest, element));
+                }
             }
         }
         sync_plane();
         let start = global_address::<E>(&*out);
-        let per_row = width / comptime!(PIECE_LEN as u32);
+        let per_row = width / comptime!(piece_len as u32);
         let mut e = lane;
         while e < per_row * comptime!((blocks * ROWS) as u32) {
             let (r, piece) = (e / per_row, e % per_row);
             let i = row + warp_row + r;
             if i < rows {
-                let from = at + r * comptime!(pitch(dim) as u32) + piece * comptime!(PIECE as u32);
-                let bytes = (first + i as usize) as u64 * u64::cast_from(width * 2)
+                let from = at + r * comptime!(pitch as u32) + piece * comptime!(PIECE as u32);
+                let bytes = (first + i as usize) as u64 * u64::cast_from(width * comptime!(bytes as u32))
                     + u64::cast_from(piece) * comptime!(PIECE as u64);
                 store_global_16(start + bytes, load_shared_16(from, 0usize));
             }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use flashover::kernels::select::KernelChoice;
-use flashover::{AttentionError, AttentionOptions, attention};
+use flashover::{AttentionError, AttentionOptions, Precision, attention};
 
 use crate::devices;
 
@@ -53,7 +53,7 @@ fn kernels_by_name() {
     let q = Tensor::<4>::zeros(Q, &gpu);
     let call = |choice| attention(q.clone(), q.clone(), q.clone(), &AttentionOptions::new().kernel(choice));
     call(KernelChoice::Portable).expect("it runs everywhere");
-    // In f32 neither takes it, on any device.
+    // In f32 neither takes it, on any device, unless products may be rounded.
     for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Hopper, "hopper")] {
         let message = call(choice).expect_err("not in f32").to_string();
         let expected = format!("kernel: the {name} kernel was asked for and cannot run: ");
@@ -108,6 +108,10 @@ fn dtypes_that_differ() {
     let plain = AttentionOptions::new();
     let error = attention(zeros(Q), half(K), zeros(V), &plain).unwrap_err();
     assert_eq!(error.to_string(), "dtype of k: expected that of q, F32, got F16");
+    let rounded = plain.clone().precision(Precision::Tf32x3);
+    let error = attention(half(Q), half(K), half(V), &rounded).unwrap_err();
+    assert_eq!(error.to_string(), "precision Tf32x3: expected elements of type F32, got F16");
+    assert!(attention(zeros(Q), zeros(K), zeros(V), &rounded).is_ok());
     let error = attention(half(Q), half(K), half(V), &plain.clone().bias(zeros([1, 1, 5, 7]))).unwrap_err();
     assert_eq!(error.to_string(), "dtype of bias: expected that of q, F16, got F32");
 }
