@@ -17,6 +17,8 @@ mod config;
 mod forward;
 mod gradient;
 mod launch;
+#[cfg(test)]
+mod offline_tests;
 mod products;
 mod sums;
 mod tile;

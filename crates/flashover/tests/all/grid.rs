@@ -4,7 +4,7 @@
 //! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type), `FLASHOVER_CASES=TEXT` leaving those whose names
 //! contain it: at least one.
 //!
-//! With `FLASHOVER_KERNEL=portable`, `mma` or `hopper` the grid runs on the GPU alone and by that kernel, which must refuse what
+//! With `FLASHOVER_KERNEL=portable`, `mma`, `cmma` or `hopper` the grid runs on the GPU alone and by that kernel, which must refuse what
 //! it cannot run and nothing else.
 
 use std::time::Instant;
@@ -148,8 +148,9 @@ fn kernel_asked() -> Option<KernelChoice> {
     Some(match name.as_str() {
         "portable" => KernelChoice::Portable,
         "mma" => KernelChoice::Mma,
+        "cmma" => KernelChoice::Cmma,
         "hopper" => KernelChoice::Hopper,
-        _ => panic!("FLASHOVER_KERNEL: expected portable, mma or hopper, got {name:?}"),
+        _ => panic!("FLASHOVER_KERNEL: expected portable, mma, cmma or hopper, got {name:?}"),
     })
 }
 
@@ -158,7 +159,7 @@ fn refuses(kernel: KernelChoice, problem: &Problem) -> bool {
     let halves = matches!(problem.element, Element::F16 | Element::BF16);
     let eights = [problem.head_dim, problem.value_dim].iter().all(|dim| dim.is_multiple_of(8));
     match kernel {
-        KernelChoice::Mma => !halves,
+        KernelChoice::Mma | KernelChoice::Cmma => !halves,
         KernelChoice::Hopper => !(halves && eights),
         _ => false,
     }

@@ -108,6 +108,14 @@ fn mma() {
 
 #[cfg(feature = "cuda")]
 #[test]
+fn cmma() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Cmma, elements, sizes: matrix_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
 fn hopper() {
     let elements = vec![Element::BF16, Element::F16];
     let family = Family { kernel: KernelChoice::Hopper, elements, sizes: hopper_sizes };
