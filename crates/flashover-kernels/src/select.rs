@@ -245,6 +245,9 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
 }
 
 #[cfg(test)]
+mod cooperative_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::block_plan::{PlanShape, TileSize};
@@ -437,14 +440,16 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_that_no_tile_divides_goes_to_the_portable_kernels() {
+    fn a_plan_that_no_tile_divides_goes_to_another_family() {
         let plan =
             |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
         let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
-        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
+        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Cmma)] {
             let auto = select(&planned(bq, bk), &ampere(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, kernel, "{bq}x{bk}: {}", auto.reason);
         }
+        let without = DeviceLimits { cooperative: Vec::new(), ..ampere() };
+        assert_eq!(select(&planned(64, 32), &without, KernelChoice::Auto).unwrap().kernel, Kernel::Portable);
         let error = select(&planned(64, 32), &ampere(), KernelChoice::Mma).unwrap_err();
         assert!(error.to_string().contains("plan: expected tiles of a multiple of [64, 64]"), "{error}");
     }

@@ -229,3 +229,99 @@ pub(crate) fn vector_size(tensors: &[&DeviceTensor]) -> usize {
     };
     if tensors.iter().all(whole) { LANES } else { 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block_plan::PlanShape;
+    use crate::cmma::check_limits;
+
+    fn limits(kilobytes: usize, plane: usize, edge: usize) -> DeviceLimits {
+        DeviceLimits {
+            name: "test".into(),
+            max_bindings: 7,
+            max_shared_bytes: kilobytes << 10,
+            max_units: 1024,
+            elements: vec![Element::F32, Element::F16],
+            max_iterations: usize::MAX,
+            hardware: true,
+            ptx: false,
+            matrix_elements: Vec::new(),
+            matrix_loads: Vec::new(),
+            async_copies: false,
+            cooperative: vec![(Element::F16, edge)],
+            plane_sizes: [plane; 2],
+            plane_operations: true,
+            wgmma: false,
+        }
+    }
+
+    fn problem(seq_q: usize, d: usize, dv: usize) -> Problem {
+        Problem::new([1, 2, seq_q, d], [1, 2, 300, d], [1, 2, 300, dv], Element::F16).unwrap()
+    }
+
+    #[test]
+    fn some_tile_fits_every_dimension_on_every_device() {
+        let dims = [1, 16, 17, 40, 59, 64, 72, 96, 128, 129, 192, 256];
+        for (kilobytes, plane, edge) in
+            [32, 48, 64, 100, 227].into_iter().flat_map(|kb| [(kb, 32, 16), (kb, 64, 16), (kb, 32, 8)])
+        {
+            let limits = limits(kilobytes, plane, edge);
+            for (d, dv) in dims.into_iter().flat_map(|d| dims.map(|dv| (d, dv))) {
+                for seq_q in [1, 64, 65, 4096] {
+                    let problem = problem(seq_q, d, dv);
+                    let (config, _) = CmmaConfig::of(&problem, &limits);
+                    check_limits(&problem, &limits, config).unwrap_or_else(|error| panic!("{d}, {dv}: {error}"));
+                    for tile in [config.forward, config.queries, config.keys] {
+                        assert_eq!(tile.edge, edge);
+                        assert!(tile.row_units().is_power_of_two(), "{tile}");
+                        assert_eq!(tile.row_units() * tile.row_vectors() * LANES, tile.cols, "{tile}");
+                        assert!(tile.cols.is_multiple_of(edge) && tile.plane_rows().is_multiple_of(edge), "{tile}");
+                    }
+                    let rows = config.forward.plane_rows();
+                    assert!(rows * padded(dv) / plane <= SUMS, "{d}, {dv}: {}", config.forward);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_shared_memory_never_makes_tiles_smaller() {
+        for (d, dv) in [(64, 64), (128, 128), (192, 128), (256, 256)] {
+            let rows = [32, 48, 64, 100, 227].map(|kilobytes| {
+                let (config, _) = CmmaConfig::of(&problem(4096, d, dv), &limits(kilobytes, 32, 16));
+                [config.forward, config.queries, config.keys].map(|tile| tile.rows() * tile.cols)
+            });
+            for (smaller, larger) in rows.iter().zip(&rows[1..]) {
+                assert!(smaller.iter().zip(larger).all(|(x, y)| x <= y), "{d}, {dv}: {rows:?}");
+            }
+            assert_ne!(rows[0], rows[4]);
+        }
+    }
+
+    /// A word of a plan's bitmap is 32 keys: no cube may start within one.
+    #[test]
+    fn tiles_under_a_plan_are_whole_words() {
+        for (side, kilobytes) in [32, 64, 128].into_iter().flat_map(|side| [(side, 48), (side, 100)]) {
+            let plan = PlanShape {
+                tile: TileSize { bq: side, bk: side },
+                words: 16,
+                points: 1,
+                planes: [1, 1],
+                column_words: 0,
+            };
+            let (problem, limits) = (Problem { plan: Some(plan), ..problem(300, 128, 128) }, limits(kilobytes, 32, 16));
+            let (config, _) = CmmaConfig::of(&problem, &limits);
+            check_limits(&problem, &limits, config).unwrap();
+            assert!(config.forward.cols.is_multiple_of(WORD) && config.queries.cols.is_multiple_of(WORD), "{config}");
+            assert!(config.keys.rows().is_multiple_of(WORD), "{config}");
+        }
+        // Nothing that whole words allow fits such heads there: the error says what is missing.
+        let plan = TileSize { bq: 32, bk: 32 };
+        let plan = PlanShape { tile: plan, words: 16, points: 1, planes: [1, 1], column_words: 0 };
+        let (problem, limits) = (Problem { plan: Some(plan), ..problem(300, 256, 256) }, limits(32, 32, 16));
+        let (config, _) = CmmaConfig::of(&problem, &limits);
+        let error = check_limits(&problem, &limits, config).unwrap_err().to_string();
+        assert!(error.starts_with("cmma kernel: expected at most 32768 bytes of shared memory on test"), "{error}");
+    }
+}
