@@ -152,7 +152,8 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
             mma.or_else(|faster| {
                 let why_kernel = format!("the device multiplies matrices of this element type; not mma ({faster})");
                 select_cmma(problem, limits, &why_kernel).or_else(|cooperative| {
-                    let why_kernel = format!("the mma kernel cannot run ({faster}), nor can the cmma kernel ({cooperative})");
+                    let why_kernel =
+                        format!("the mma kernel cannot run ({faster}), nor can the cmma kernel ({cooperative})");
                     select_portable(problem, limits, &why_kernel).map_err(nothing)
                 })
             })

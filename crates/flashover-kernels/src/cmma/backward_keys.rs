@@ -11,7 +11,7 @@ use super::gradient::{Row, element};
 use super::products::{product, zeros};
 use super::sums::{accumulate_scores, own_column, own_row, own_scores, store_rows};
 use super::tile::{E4, LANES, V4, head_rows, load_rows, pitch, score_pitch};
-use crate::family::element::{Numbers, head_of, row_hash, where_kept};
+use crate::family::element::{Numbers, head_of, row_hash, sees, where_kept};
 use crate::family::walk::{Side, query_step, query_walk, work_of};
 
 /// One cube a key tile and key head. Both gradients at once unless registers or bindings forbid.
@@ -136,7 +136,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
                             i,
                             j,
                             Row { lse, delta, hash },
-                            step,
+                            step.full || sees(i, j, step, at, scratch, n),
                             true,
                             at,
                             scratch,
@@ -155,9 +155,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
                 }
                 if with_dv {
                     // dv += pᵀ · do
-                    accumulate_scores::<E>(
-                        &acc_v, &s, &mut weights, &walked, do_at, c.value_dim, c.few_keys, tile,
-                    );
+                    accumulate_scores::<E>(&acc_v, &s, &mut weights, &walked, do_at, c.value_dim, c.few_keys, tile);
                 }
                 if with_dk {
                     if comptime!(!tile.apart) {
@@ -166,9 +164,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
                         sync_cube();
                     }
                     // dk += dsᵀ · q
-                    accumulate_scores::<E>(
-                        &acc_k, &dp, &mut weights, &walked, 0usize, c.head_dim, c.few_keys, tile,
-                    );
+                    accumulate_scores::<E>(&acc_k, &dp, &mut weights, &walked, 0usize, c.head_dim, c.few_keys, tile);
                 }
             }
         }

@@ -7,11 +7,11 @@
 use cubecl::prelude::*;
 
 use super::config::Compiled;
-use super::gradient::{Row, element};
+use super::gradient::{Row, element, shows};
 use super::products::{product, zeros};
 use super::sums::{accumulate_scores, own_column, own_row, own_scores, row_sum, store_rows};
 use super::tile::{E4, LANES, V4, head_rows, load_rows, pitch, score_pitch};
-use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
+use crate::family::element::{Numbers, head_of, is_minus_infinity, reach_of, row_hash};
 use crate::family::walk::{Side, key_step, key_walk, work_of};
 
 /// One cube a query tile and head. Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`.
@@ -58,6 +58,7 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
 
     let acc = zeros(comptime!(tile.plane_rows() * c.head_dim / (tile.edge * tile.edge)), tile); // dq [rows, D]
     let i = i0 + own_row(tile);
+    let reach = reach_of(i, at, n);
     let first = head as usize * n.seq_q as usize;
     let mut lse = n.minus_infinity;
     let mut minus_dlse = 0.0f32;
@@ -113,7 +114,7 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
                             i,
                             j,
                             Row { lse, delta, hash },
-                            step,
+                            shows(i, j, reach, step, at, &*scratch, n),
                             sweep != 0,
                             at,
                             &*scratch,
@@ -138,9 +139,7 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
                             sync_cube();
                         }
                         // dq += ds · k
-                        accumulate_scores::<E>(
-                            &acc, &dp, &mut weights, &walked, 0usize, c.head_dim, c.few_keys, tile,
-                        );
+                        accumulate_scores::<E>(&acc, &dp, &mut weights, &walked, 0usize, c.head_dim, c.few_keys, tile);
                     }
                 }
             }

@@ -120,8 +120,14 @@ impl CmmaConfig {
         let edge = limits.cooperative_edge(problem.element).unwrap_or(EDGE);
         let plane = limits.plane_sizes[1].max(EDGE);
         // One block of rows a plane in a backward: two sums of up to 128 elements share its registers.
-        let sizes =
-            [(4, 2, 32, true), (4, 1, 32, true), (2, 1, 32, true), (2, 1, 32, false), (1, 1, 32, false), (1, 1, 16, false)];
+        let sizes = [
+            (4, 2, 32, true),
+            (4, 1, 32, true),
+            (2, 1, 32, true),
+            (2, 1, 32, false),
+            (1, 1, 32, false),
+            (1, 1, 16, false),
+        ];
         let tiles = sizes.map(|(planes, blocks, cols, apart)| CmmaTile { planes, plane, blocks, cols, edge, apart });
         let fitting = |bytes: &dyn Fn(&CmmaTile) -> usize, usable: &dyn Fn(&CmmaTile) -> bool| {
             let fits = |tile: &&CmmaTile| {

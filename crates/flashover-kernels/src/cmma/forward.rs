@@ -11,10 +11,11 @@
 use cubecl::prelude::*;
 
 use super::config::Compiled;
+use super::gradient::shows;
 use super::products::{accumulate, product, zeros};
 use super::sums::{own_column, own_row, own_scores, own_weights, row_maximum, row_sum, scale_rows, store_rows};
 use super::tile::{E4, LANES, V4, head_rows, load_rows, pitch, score_pitch};
-use crate::family::element::{Head, Numbers, head_of, is_minus_infinity, row_hash, score, sees, where_kept};
+use crate::family::element::{Head, Numbers, Reach, head_of, is_minus_infinity, reach_of, row_hash, score, where_kept};
 use crate::family::score_function::with_function;
 use crate::family::walk::{Side, Step, key_step, key_walk, work_of};
 
@@ -63,6 +64,7 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
 
     let mut acc = zeros(comptime!(tile.plane_rows() * c.value_dim / (tile.edge * tile.edge)), tile); // o [rows, Dv]
     let i = i0 + own_row(tile);
+    let reach = reach_of(i, at, n);
     let mut m = n.minus_infinity; // of everything this unit's row saw, or less by LAG
     let mut l = 0.0f32; // this unit's columns only, until the end
     let mut hash = 0u32;
@@ -95,7 +97,7 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
                 unit = n.scale;
                 top = max(top, top_of_products(&scores, c) * n.scale);
             } else {
-                top = max(top, finish_scores::<E>(&mut scores, i, step, at, scratch, bias, n, with_bias, c));
+                top = max(top, finish_scores::<E>(&mut scores, i, reach, step, at, scratch, bias, n, with_bias, c));
             }
             top = row_maximum(top, tile);
             let unseen = is_minus_infinity(m);
@@ -166,6 +168,7 @@ fn top_of_products(scores: &Shared<[V4]>, #[comptime] c: Compiled) -> f32 {
 fn finish_scores<E: Float>(
     scores: &mut Shared<[V4]>,
     i: u32,
+    reach: Reach,
     step: Step,
     at: Head,
     scratch: &[u32],
@@ -185,7 +188,7 @@ fn finish_scores<E: Float>(
         #[unroll]
         for lane in 0..LANES {
             let j = step.j0 + own_column(x, tile) + comptime!(lane as u32);
-            if step.full || sees(i, j, step, at, scratch, n) {
+            if shows(i, j, reach, step, at, scratch, n) {
                 let mut s = products.extract(lane) * n.scale;
                 if comptime!(c.options) {
                     s = score::<E>(products.extract(lane), i, j, at, bias, n, with_bias);

@@ -9,7 +9,9 @@
 use cubecl::prelude::*;
 
 use super::config::Compiled;
-use crate::family::element::{Head, Numbers, after_dropout, is_minus_infinity, score, score_derivative, sees};
+use crate::family::element::{
+    Head, Numbers, Reach, after_dropout, in_reach, is_minus_infinity, score, score_derivative, sees,
+};
 use crate::family::score_function::{function_derivative, with_function};
 use crate::family::walk::Step;
 
@@ -24,7 +26,22 @@ pub(crate) struct Row {
     pub hash: u32,
 }
 
-/// `(p, ds)` of query `i` and key `j` from their products, `p` before dropout, `ds` for the last score function's value, or for the
+/// Whether query `i`, whose reach is given, sees key `j` of a tile.
+#[cube]
+pub(crate) fn shows(i: u32, j: u32, reach: Reach, step: Step, at: Head, scratch: &[u32], n: Numbers) -> bool {
+    let mut seen = step.full;
+    if !seen {
+        // Position and key lengths leave a query a few spans of keys.
+        if n.mask_at == 0 && step.bits == 0 {
+            seen = in_reach(j, reach);
+        } else {
+            seen = sees(i, j, step, at, scratch, n);
+        }
+    }
+    seen
+}
+
+/// `(p, ds)` of query `i` and key `j`, `seen` or not, from their products, `p` before dropout, `ds` for the last score function's value, or for the
 /// product, if `of_product` (less the scale, where there are no options). Both are 0 where hidden.
 #[cube]
 pub(crate) fn element<E: Float>(
@@ -33,7 +50,7 @@ pub(crate) fn element<E: Float>(
     i: u32,
     j: u32,
     row: Row,
-    step: Step,
+    seen: bool,
     of_product: bool,
     at: Head,
     scratch: &[u32],
@@ -45,7 +62,7 @@ pub(crate) fn element<E: Float>(
     let mut p = 0.0f32;
     let mut ds = 0.0f32;
     // A query that saw nothing has no gradients, whatever impossible keys left in its sums.
-    if !is_minus_infinity(row.lse) && (step.full || sees(i, j, step, at, scratch, n)) {
+    if seen && !is_minus_infinity(row.lse) {
         if comptime!(!c.options) {
             p = (product * n.scale - row.lse).exp();
             ds = p * (dp - row.delta);

@@ -41,7 +41,11 @@ fn cooperative_matrices_come_before_the_portable_kernels() {
     for element in [Element::BF16, Element::F32] {
         let auto = select(&problem(element), &vulkan(), KernelChoice::Auto).unwrap();
         assert_eq!((auto.kernel, auto.cmma), (Kernel::Portable, None));
-        assert!(auto.reason.contains("nor can the cmma kernel (cmma kernel: expected cooperative matrices"), "{}", auto.reason);
+        assert!(
+            auto.reason.contains("nor can the cmma kernel (cmma kernel: expected cooperative matrices"),
+            "{}",
+            auto.reason
+        );
     }
     let few = Problem { seq_kv: 15, ..f16.clone() };
     assert_eq!(select(&few, &vulkan(), KernelChoice::Auto).unwrap().kernel, Kernel::Portable);
@@ -61,9 +65,8 @@ fn the_largest_matrices_are_taken() {
 
 #[test]
 fn the_family_says_what_the_device_lacks() {
-    let refused = |limits: DeviceLimits, element| {
-        select(&problem(element), &limits, KernelChoice::Cmma).unwrap_err().to_string()
-    };
+    let refused =
+        |limits: DeviceLimits, element| select(&problem(element), &limits, KernelChoice::Cmma).unwrap_err().to_string();
     assert_eq!(
         refused(vulkan(), Element::BF16),
         "the cmma kernel was asked for and cannot run: cmma kernel: expected cooperative matrices bf16 x bf16 -> f32, \

@@ -125,7 +125,9 @@ fn every_option_agrees_by_hopper() {
 fn plans_and_score_functions_agree_by_the_matrix_kernels() {
     let device = devices::gpu().expect("a CUDA build has one").autodiff();
     let mut rng = Rng::new(22);
-    for (n, kernel) in (0..8).flat_map(|n| [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper].map(|kernel| (n, kernel))) {
+    for (n, kernel) in
+        (0..8).flat_map(|n| [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper].map(|kernel| (n, kernel)))
+    {
         let case = sized_case(n, Element::BF16, [300, 410], [64, 64]);
         let tile = TileSize { bq: 128, bk: 128 };
         let mask = combination(Extent::from(&case.problem), TileSize { bq: 16, bk: 16 }, &mut rng);
