@@ -1,5 +1,5 @@
 //! The kernels through CubeCL's compilers for the runtimes that no device here has: Vulkan (SPIR-V), ROCm (HIP) and Metal. What
-//! comes out is text that a driver would take on; `FLASHOVER_KERNELS_DUMP=folder` keeps it.
+//! comes out is what a driver would take on; `FLASHOVER_KERNELS_DUMP=folder` compiles more problems and keeps it, for `spirv-val` to read.
 
 use std::sync::Arc;
 
@@ -56,9 +56,13 @@ fn properties(plane: u32, edge: u32) -> Arc<DeviceProperties> {
 fn tensor(shape: &[usize], elem: ElemType) -> DeviceTensor {
     struct Nowhere;
     let device = DeviceId { type_id: 0, index_id: 0 };
-    let service = cubecl::device::ServiceId::of::<Nowhere>(device);
+    let service = cubecl_common::device::ServiceId::of::<Nowhere>(device);
     let bytes = shape.iter().product::<usize>() * elem.size();
-    DeviceTensor::contiguous(Handle::new(service, StreamId { value: 0 }, bytes as u64), shape, elem)
+    DeviceTensor::contiguous(
+        Handle::new(service, cubecl_environment::stream::StreamId { value: 0 }, bytes as u64),
+        shape,
+        elem,
+    )
 }
 
 /// The three kernels of a problem, each with what `compile` makes of it.
@@ -96,7 +100,7 @@ fn compile_all<R>(
     let o = tensor(&problem.output_shape(), elem);
     let lse = tensor(&problem.lse_shape(), f32::elem_type_native());
     let bias = problem.bias.map(|shape| tensor(&shape, elem));
-    let bias = || bias.as_ref().map(DeviceTensor::arg).into();
+    let bias = || bias.as_ref().map(DeviceTensor::arg);
     let layout = Layout::of(problem, Some(Partials::default()));
     let scratch = tensor(&[layout.words], u32::elem_type_native());
     let count = || CubeCount::Static(1, 1, 1);
@@ -114,7 +118,7 @@ fn compile_all<R>(
         q.arg(),
         k.arg(),
         v.arg(),
-        bias(),
+        bias().into(),
         scratch.buffer(),
         o.buffer(),
         Some(lse.buffer()).into(),
@@ -135,7 +139,7 @@ fn compile_all<R>(
         k.arg(),
         v.arg(),
         o.arg(),
-        bias(),
+        bias().into(),
         scratch.buffer(),
         Some(q.buffer()).into(),
         numbers(problem, &layout),
@@ -155,7 +159,7 @@ fn compile_all<R>(
         k.arg(),
         Some(v.arg()).into(),
         o.arg(),
-        bias(),
+        bias().into(),
         scratch.buffer(),
         Some(k.buffer()).into(),
         fused.then(|| v.buffer()).into(),
@@ -169,21 +173,30 @@ fn compile_all<R>(
     vec![compile("forward", &forward), compile("backward_queries", &queries), compile("backward_keys", &keys)]
 }
 
-/// Plain, and with everything that is compiled in.
+/// Plain with rows of 64 elements, and with everything that is compiled in; where the text is kept, large heads and few keys too.
 fn problems(element: Element) -> Vec<Problem> {
     let problem = |d, dv| Problem::new([1, 2, 300, d], [1, 1, 333, d], [1, 1, 333, dv], element).expect("sound");
-    let mut everything = problem(64, 40);
+    let mut everything = problem(40, 16);
     everything.bias = Some([1, 2, 300, 333]);
     everything.alibi = true;
     everything.softcap = Some(20.0);
     everything.dropout = Some(crate::dropout::Dropout { probability: 0.1, seed: 1 });
-    let mut few = problem(16, 16);
-    few.seq_kv = 7;
-    vec![problem(128, 128), problem(256, 192), everything, few]
+    let mut problems = vec![problem(64, 64), everything];
+    if folder().is_some() {
+        let mut few = problem(16, 16);
+        few.seq_kv = 7;
+        problems.extend([few, problem(128, 128), problem(256, 192)]);
+    }
+    problems
+}
+
+/// Where the text is kept.
+fn folder() -> Option<String> {
+    std::env::var("FLASHOVER_KERNELS_DUMP").ok()
 }
 
 fn dump(name: &str, extension: &str, bytes: &[u8]) {
-    if let Ok(folder) = std::env::var("FLASHOVER_KERNELS_DUMP") {
+    if let Some(folder) = folder() {
         std::fs::write(format!("{folder}/{name}.{extension}"), bytes).expect("a folder that can be written to");
     }
 }
@@ -201,23 +214,24 @@ fn vulkan_options() -> cubecl::WgpuCompilationOptions {
 
 #[test]
 fn vulkan_compiles_them() {
-    for element in [Element::F16, Element::BF16] {
-        for (x, problem) in problems(element).iter().enumerate() {
-            for shared in [32 << 10, 64 << 10] {
-                compile_all(problem, 32, 16, shared, |name, kernel| {
-                    let mut compiler = cubecl_spirv::SpirvCompiler;
-                    let compiled = compiler.compile(kernel.define(), &vulkan_options()).expect("it compiles");
-                    let words = &compiled.assembled_module;
-                    let text = compiled.to_string();
-                    for instruction in ["OpCooperativeMatrixLoadKHR", "MulAddKHR", "OpCooperativeMatrixStoreKHR"] {
-                        assert!(text.contains(instruction), "{name}: no {instruction}");
-                    }
-                    assert!(compiled.shared_size <= shared, "{name}: {} bytes of shared memory", compiled.shared_size);
-                    assert!(compiled.bindings.len() <= 8, "{name}: {} bindings", compiled.bindings.len());
-                    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-                    dump(&format!("{name}-{}-{x}-{shared}", element.name()), "spv", &bytes);
-                });
-            }
+    // One element type a problem, unless the text is kept.
+    for (x, problem) in [Element::F16, Element::BF16].into_iter().enumerate().flat_map(|(x, element)| {
+        let problems = problems(element).into_iter().enumerate();
+        problems.filter(move |(y, _)| folder().is_some() || x == *y)
+    }) {
+        for shared in if folder().is_some() { vec![32 << 10, 64 << 10] } else { vec![32 << 10] } {
+            compile_all(&problem, 32, 16, shared, |name, kernel| {
+                let mut compiler = cubecl_spirv::SpirvCompiler;
+                let compiled = compiler.compile(kernel.define(), &vulkan_options()).expect("it compiles");
+                let text = compiled.to_string();
+                for instruction in ["OpCooperativeMatrixLoadKHR", "MulAddKHR", "OpCooperativeMatrixStoreKHR"] {
+                    assert!(text.contains(instruction), "{name}: no {instruction}");
+                }
+                assert!(compiled.shared_size <= shared, "{name}: {} bytes of shared memory", compiled.shared_size);
+                assert!(compiled.bindings.len() <= 8, "{name}: {} bindings", compiled.bindings.len());
+                let bytes: Vec<u8> = compiled.assembled_module.iter().flat_map(|word| word.to_le_bytes()).collect();
+                dump(&format!("{name}-{}-{x}-{shared}", problem.element.name()), "spv", &bytes);
+            });
         }
     }
 }
@@ -238,15 +252,15 @@ where
 
 #[test]
 fn rocm_compiles_them() {
-    for (name, wmma) in [("rdna3", AmdWmma::Rdna3), ("rdna4", AmdWmma::Rdna4)] {
-        for element in [Element::F16, Element::BF16] {
-            for (x, problem) in problems(element).iter().enumerate() {
-                compile_all(problem, 32, 16, 64 << 10, |kernel_name, kernel| {
-                    let text = cpp::<target::Hip>(kernel, 32, Some(wmma));
-                    assert!(text.contains("mma"), "{kernel_name}: no matrices");
-                    dump(&format!("{kernel_name}-{}-{x}-{name}", element.name()), "hip", text.as_bytes());
-                });
-            }
+    for (generation, wmma, element) in
+        [("rdna3", AmdWmma::Rdna3, Element::F16), ("rdna4", AmdWmma::Rdna4, Element::BF16)]
+    {
+        for (x, problem) in problems(element).iter().enumerate() {
+            compile_all(problem, 32, 16, 64 << 10, |name, kernel| {
+                let text = cpp::<target::Hip>(kernel, 32, Some(wmma));
+                assert!(text.contains("rocwmma::mma_sync"), "{name}: no matrices");
+                dump(&format!("{name}-{}-{x}-{generation}", element.name()), "hip", text.as_bytes());
+            });
         }
     }
 }

@@ -41,11 +41,7 @@ fn cooperative_matrices_come_before_the_portable_kernels() {
     for element in [Element::BF16, Element::F32] {
         let auto = select(&problem(element), &vulkan(), KernelChoice::Auto).unwrap();
         assert_eq!((auto.kernel, auto.cmma), (Kernel::Portable, None));
-        assert!(
-            auto.reason.contains("nor can the cmma kernel (cmma kernel: expected cooperative matrices"),
-            "{}",
-            auto.reason
-        );
+        assert!(auto.reason.contains("nor can the cmma kernel ("), "{}", auto.reason);
     }
     let few = Problem { seq_kv: 15, ..f16.clone() };
     assert_eq!(select(&few, &vulkan(), KernelChoice::Auto).unwrap().kernel, Kernel::Portable);
