@@ -8,7 +8,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 use flashover_kernels::cmma::{self, CmmaConfig};
-use flashover_kernels::device::DeviceTensor;
+use flashover_kernels::device::{DeviceTensor, KernelError};
 use flashover_kernels::family::Outputs;
 use flashover_kernels::hopper;
 use flashover_kernels::mma::{self, MmaConfig};
@@ -72,7 +72,7 @@ impl AttentionBackend for CubeBackend {
         let portable =
             |wanted| portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config);
         // The other families take no gradients but those of q, k and v.
-        let with_parameters = |of: Result<Gradients<DeviceTensor>, _>| {
+        let with_parameters = |of: Result<Gradients<DeviceTensor>, KernelError>| {
             of.and_then(|of| match wanted.parameters() {
                 rest if rest.is_empty() => Ok(of),
                 rest => Ok(Gradients { q: of.q, k: of.k, v: of.v, ..portable(rest)? }),
@@ -160,7 +160,7 @@ fn cooperative_tiles(selection: &Selection) -> CmmaConfig {
     selection.cmma.expect("the kernels for cooperative matrices are selected with their tiles")
 }
 
-fn refused(error: &flashover_kernels::device::KernelError) -> ! {
+fn refused(error: &KernelError) -> ! {
     panic!("flashover: a call that passed the boundary was refused by its kernel: {error}")
 }
 
