@@ -15,8 +15,8 @@ use crate::family::element::{Numbers, head_of, row_hash, sees, where_kept};
 use crate::family::walk::{Side, query_step, query_walk, work_of};
 
 /// One cube a key tile and key head. Both gradients at once unless registers or bindings forbid.
-#[cfg_attr(not(test), cube(launch_unchecked, address_type = "dynamic"))]
-#[cfg_attr(test, cube(launch_unchecked, create_dummy_kernel, address_type = "dynamic"))]
+#[cfg_attr(not(all(test, feature = "compilers")), cube(launch_unchecked, address_type = "dynamic"))]
+#[cfg_attr(all(test, feature = "compilers"), cube(launch_unchecked, create_dummy_kernel, address_type = "dynamic"))]
 pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
     k: &Tensor<Vector<E, N>>,

@@ -17,7 +17,7 @@ mod config;
 mod forward;
 mod gradient;
 mod launch;
-#[cfg(test)]
+#[cfg(all(test, feature = "compilers"))]
 mod offline_tests;
 mod products;
 mod sums;

@@ -1,5 +1,6 @@
 //! The kernels through CubeCL's compilers for the runtimes that no device here has: Vulkan (SPIR-V), ROCm (HIP) and Metal. What
-//! comes out is what a driver would take on; `FLASHOVER_KERNELS_DUMP=folder` compiles more problems and keeps it, for `spirv-val` to read.
+//! comes out is what a driver would take on; `FLASHOVER_KERNELS_DUMP=folder` compiles more problems and keeps it, for `spirv-val` to
+//! read. `cargo test -p flashover-kernels --lib --features compilers offline`: the feature is off else, see Cargo.toml.
 
 use std::sync::Arc;
 
