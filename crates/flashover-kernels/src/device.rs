@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cubecl::ir::FloatKind;
-use cubecl::ir::features::{MmaConfig, Tma, TypeUsage};
+use cubecl::ir::features::{MmaConfig, Plane, Tma, TypeUsage};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
@@ -133,6 +133,12 @@ pub struct DeviceLimits {
     pub matrix_loads: Vec<Element>,
     /// Whether it copies to shared memory while it computes.
     pub async_copies: bool,
+    /// Element types of which it multiplies cooperative matrices, summing in f32, and rows, columns and depth of these: 16, or 8.
+    pub cooperative: Vec<(Element, usize)>,
+    /// Units of its smallest and of its largest plane.
+    pub plane_sizes: [usize; 2],
+    /// Whether units of a plane vote and exchange values.
+    pub plane_operations: bool,
     /// Whether it is a Hopper GPU: the copy engine, and products of warpgroups (`wgmma`), which no later GPU has.
     pub wgmma: bool,
 }
@@ -155,6 +161,14 @@ impl DeviceLimits {
         };
         let (tf32, f32) = (ElemType::Float(FloatKind::TF32), element_type(Element::F32));
         let of_tf32 = MmaConfig { a_type: tf32, b_type: tf32, cd_type: f32, m: 16, n: 8, k: 8 };
+        let cooperative = |edge: u32| {
+            elements.into_iter().filter_map(move |element| {
+                let (a_type, cd_type) = (element_type(element), element_type(Element::F32));
+                let (m, n, k) = (edge, edge, edge);
+                let has = features.matmul.cmma.contains(&MmaConfig { a_type, b_type: a_type, cd_type, m, n, k });
+                has.then_some((element, edge as usize))
+            })
+        };
         let loaded = |element: &Element| features.matmul.ldmatrix.contains(&element_type(*element));
         DeviceLimits {
             name: client.name().to_string(),
@@ -170,8 +184,18 @@ impl DeviceLimits {
             matrix_tf32: features.matmul.mma.contains(&of_tf32),
             matrix_loads: elements.into_iter().filter(loaded).collect(),
             async_copies: features.copy_async,
+            cooperative: cooperative(16).chain(cooperative(8)).collect(),
+            plane_sizes: [hardware.plane_size_min, hardware.plane_size_max].map(|size| size as usize),
+            plane_operations: features.plane.contains(Plane::Ops),
             wgmma: features.tma.contains(Tma::Base) && properties.identity.fingerprint == "ptx_sm90",
         }
+    }
+}
+
+impl DeviceLimits {
+    /// Rows, columns and depth of the largest cooperative matrices of an element type that sum in f32.
+    pub fn cooperative_edge(&self, element: Element) -> Option<usize> {
+        self.cooperative.iter().filter(|(of, _)| *of == element).map(|(_, edge)| *edge).max()
     }
 }
 

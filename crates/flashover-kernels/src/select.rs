@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use crate::cmma::{self, CmmaConfig};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::Outputs;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
@@ -21,6 +22,8 @@ pub enum KernelChoice {
     Portable,
     /// The family for NVIDIA's tensor cores; an error if it cannot run.
     Mma,
+    /// The family for cooperative matrices, on whichever runtime a device reports them; an error if it cannot run.
+    Cmma,
     /// The family for NVIDIA's Hopper GPUs; an error if it cannot run. Where it has no form of the backward, that is
     /// [`Mma`](Self::Mma)'s.
     Hopper,
@@ -34,6 +37,8 @@ pub enum Kernel {
     Portable,
     /// [`mma`]: the tensor cores of NVIDIA GPUs from sm80 on.
     Mma,
+    /// [`cmma`]: cooperative matrices, on Vulkan, ROCm, Metal and CUDA.
+    Cmma,
     /// [`hopper`]: the copy engine and warpgroup products of sm90; the backward where it has a form of it, else that of [`mma`].
     Hopper,
 }
@@ -43,6 +48,7 @@ impl core::fmt::Display for Kernel {
         match self {
             Kernel::Portable => f.write_str("portable"),
             Kernel::Mma => f.write_str("mma"),
+            Kernel::Cmma => f.write_str("cmma"),
             Kernel::Hopper => f.write_str("hopper"),
         }
     }
@@ -87,6 +93,8 @@ pub struct Selection {
     pub config: TileConfig,
     /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
+    /// Tiles of the kernels for cooperative matrices, if they are the family.
+    pub cmma: Option<CmmaConfig>,
     /// Tiles of the Hopper forward, if that is the family.
     pub hopper: Option<HopperConfig>,
     /// The backward in one pass, if there is one for the problem. It takes the gradients of q, k and v together; where one is
@@ -129,6 +137,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     match choice {
         KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
         KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
+        KernelChoice::Cmma => select_cmma(problem, limits, named).map_err(refused(Kernel::Cmma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
         KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
@@ -145,11 +154,15 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
                 select_mma(problem, limits, &why)
             });
             mma.or_else(|faster| {
-                let mut why_kernel = format!("the mma kernel cannot run ({faster})");
-                if problem.precision == Precision::Tf32x3 {
-                    why_kernel += ", and this one multiplies f32 exactly";
-                }
-                select_portable(problem, limits, &why_kernel).map_err(nothing)
+                let why_kernel = format!("the device multiplies matrices of this element type; not mma ({faster})");
+                select_cmma(problem, limits, &why_kernel).or_else(|cooperative| {
+                    let mut why_kernel =
+                        format!("the mma kernel cannot run ({faster}), nor can the cmma kernel ({cooperative})");
+                    if problem.precision == Precision::Tf32x3 {
+                        why_kernel += ", and this one multiplies f32 exactly";
+                    }
+                    select_portable(problem, limits, &why_kernel).map_err(nothing)
+                })
             })
         }
     }
@@ -175,10 +188,7 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
-    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
-        // Their gradients are taken by the portable kernels.
-        portable::check_limits(problem, limits, config)?;
-    }
+    check_parameters(problem, limits, config)?;
     let mut reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
     let one_pass = match OnePass::of(problem, limits) {
         Ok((of, why)) => {
@@ -190,7 +200,25 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
             None
         }
     };
-    Ok(Selection { kernel, config, mma: Some(tiles), hopper: None, one_pass, reason })
+    Ok(Selection { kernel, config, mma: Some(tiles), cmma: None, hopper: None, one_pass, reason })
+}
+
+fn select_cmma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+    let (kernel, (tiles, why)) = (Kernel::Cmma, CmmaConfig::of(problem, limits));
+    cmma::check_limits(problem, limits, tiles)?;
+    let (config, _) = portable_tile(problem, limits);
+    check_parameters(problem, limits, config)?;
+    let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
+    Ok(Selection { kernel, config, mma: None, cmma: Some(tiles), hopper: None, one_pass: None, reason })
+}
+
+/// Whether the portable kernels can take the gradients that are not the matrix kernels': of bias, slopes, sinks and a score
+/// function's parameters.
+fn check_parameters(problem: &Problem, limits: &DeviceLimits, config: TileConfig) -> Result<(), KernelError> {
+    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
+        portable::check_limits(problem, limits, config)?;
+    }
+    Ok(())
 }
 
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
@@ -201,6 +229,7 @@ fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -
         kernel,
         config,
         mma: None,
+        cmma: None,
         hopper: None,
         one_pass: None,
         reason: format!("{kernel}: {why_kernel}; {config}: {why}"),
@@ -224,6 +253,9 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
 }
 
 #[cfg(test)]
+mod cooperative_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::block_plan::{PlanShape, TileSize};
@@ -245,6 +277,9 @@ mod tests {
             matrix_tf32: false,
             matrix_loads: Vec::new(),
             async_copies: false,
+            cooperative: Vec::new(),
+            plane_sizes: [32, 32],
+            plane_operations: true,
             wgmma: false,
         }
     }
@@ -272,6 +307,7 @@ mod tests {
             matrix_tf32: true,
             matrix_loads: matrix,
             async_copies: true,
+            cooperative: vec![(Element::F16, 16), (Element::BF16, 16)],
             wgmma: false,
             ..limits()
         }
@@ -444,14 +480,16 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_that_no_tile_divides_goes_to_the_portable_kernels() {
+    fn a_plan_that_no_tile_divides_goes_to_another_family() {
         let plan =
             |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
         let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
-        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
+        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Cmma)] {
             let auto = select(&planned(bq, bk), &ampere(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, kernel, "{bq}x{bk}: {}", auto.reason);
         }
+        let without = DeviceLimits { cooperative: Vec::new(), ..ampere() };
+        assert_eq!(select(&planned(64, 32), &without, KernelChoice::Auto).unwrap().kernel, Kernel::Portable);
         let error = select(&planned(64, 32), &ampere(), KernelChoice::Mma).unwrap_err();
         assert!(error.to_string().contains("plan: expected tiles of a multiple of [64, 64]"), "{error}");
     }

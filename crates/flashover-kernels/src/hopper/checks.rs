@@ -103,6 +103,9 @@ mod tests {
             matrix_tf32: true,
             matrix_loads: vec![Element::BF16],
             async_copies: true,
+            cooperative: Vec::new(),
+            plane_sizes: [32, 32],
+            plane_operations: true,
             wgmma: true,
         };
         let shape = |d: usize| [1, 2, 300, d];

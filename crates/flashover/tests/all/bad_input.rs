@@ -42,7 +42,7 @@ fn shapes_that_do_not_fit() {
 /// A kernel by name is that kernel or an error, also where there are no kernels to choose from.
 #[test]
 fn kernels_by_name() {
-    for choice in [KernelChoice::Portable, KernelChoice::Mma, KernelChoice::Hopper] {
+    for choice in [KernelChoice::Portable, KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper] {
         let message = refused_options(AttentionOptions::new().kernel(choice));
         let expected = format!("kernel: expected a CubeCL device for a kernel by name ({choice:?}), got ");
         assert!(message.starts_with(&expected), "{message}");
@@ -53,8 +53,8 @@ fn kernels_by_name() {
     let q = Tensor::<4>::zeros(Q, &gpu);
     let call = |choice| attention(q.clone(), q.clone(), q.clone(), &AttentionOptions::new().kernel(choice));
     call(KernelChoice::Portable).expect("it runs everywhere");
-    // In f32 neither takes it, on any device, unless products may be rounded.
-    for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Hopper, "hopper")] {
+    // In f32 none of these takes it, on any device, unless products may be rounded.
+    for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Cmma, "cmma"), (KernelChoice::Hopper, "hopper")] {
         let message = call(choice).expect_err("not in f32").to_string();
         let expected = format!("kernel: the {name} kernel was asked for and cannot run: ");
         assert!(message.starts_with(&expected), "{message}");

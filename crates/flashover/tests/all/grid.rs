@@ -4,7 +4,7 @@
 //! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type), `FLASHOVER_CASES=TEXT` leaving those whose names
 //! contain it: at least one.
 //!
-//! With `FLASHOVER_KERNEL=portable`, `mma`, `hopper` or `tf32x3`, which is `mma` at that precision, the grid runs on the GPU alone and by that kernel, which must refuse what
+//! With `FLASHOVER_KERNEL=portable`, `mma`, `cmma`, `hopper` or `tf32x3`, which is `mma` at that precision, the grid runs on the GPU alone and by that kernel, which must refuse what
 //! it cannot run and nothing else.
 
 use std::time::Instant;
@@ -153,8 +153,9 @@ fn kernel_asked() -> Option<Call> {
         "portable" => (KernelChoice::Portable, Precision::Exact),
         "mma" => (KernelChoice::Mma, Precision::Exact),
         "tf32x3" => (KernelChoice::Mma, Precision::Tf32x3),
+        "cmma" => (KernelChoice::Cmma, Precision::Exact),
         "hopper" => (KernelChoice::Hopper, Precision::Exact),
-        _ => panic!("FLASHOVER_KERNEL: expected portable, mma, tf32x3 or hopper, got {name:?}"),
+        _ => panic!("FLASHOVER_KERNEL: expected portable, mma, cmma, tf32x3 or hopper, got {name:?}"),
     };
     Some(Call { kernel, precision, ..Call::default() })
 }

@@ -123,6 +123,14 @@ fn tf32x3() {
 
 #[cfg(feature = "cuda")]
 #[test]
+fn cmma() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Cmma, elements, sizes: matrix_sizes };
+    agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
 fn hopper() {
     let (precision, elements) = (Precision::Exact, vec![Element::BF16, Element::F16]);
     let family = Family { kernel: KernelChoice::Hopper, precision, elements, sizes: hopper_sizes };

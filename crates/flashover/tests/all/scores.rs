@@ -109,6 +109,12 @@ fn every_option_agrees_by_mma() {
 
 #[cfg(feature = "cuda")]
 #[test]
+fn every_option_agrees_by_cmma() {
+    matrix_kernels_agree(KernelChoice::Cmma);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
 fn every_option_agrees_by_hopper() {
     matrix_kernels_agree(KernelChoice::Hopper);
 }
@@ -132,13 +138,15 @@ fn unordered_gradients_agree_by_the_matrix_kernels() {
     }
 }
 
-/// Forward and backward of both families.
+/// Forward and backward of the families.
 #[cfg(feature = "cuda")]
 #[test]
 fn plans_and_score_functions_agree_by_the_matrix_kernels() {
     let device = devices::gpu().expect("a CUDA build has one").autodiff();
     let mut rng = Rng::new(22);
-    for (n, kernel) in (0..8).flat_map(|n| [(n, KernelChoice::Mma), (n, KernelChoice::Hopper)]) {
+    for (n, kernel) in
+        (0..8).flat_map(|n| [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper].map(|kernel| (n, kernel)))
+    {
         let case = sized_case(n, Element::BF16, [300, 410], [64, 64]);
         let tile = TileSize { bq: 128, bk: 128 };
         let mask = combination(Extent::from(&case.problem), TileSize { bq: 16, bk: 16 }, &mut rng);
@@ -162,7 +170,7 @@ fn implementations() -> Vec<(Device, KernelChoice, Element)> {
     let mut all: Vec<_> =
         devices::native().into_iter().map(|device| (device, KernelChoice::Auto, Element::F32)).collect();
     #[cfg(feature = "cuda")]
-    for kernel in [KernelChoice::Mma, KernelChoice::Hopper] {
+    for kernel in [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper] {
         all.push((devices::gpu().expect("a CUDA build has one"), kernel, Element::BF16));
     }
     all
