@@ -7,10 +7,9 @@
 
 use cubecl::prelude::*;
 
-use super::bulk::fence_shared;
 use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::messages::{LINE, QueryTile, after, told_step, told_tile};
-use super::place::{head_in, heads_in, place_in, query_at};
+use super::place::{clear_rows, head_in, heads_in, place_in, query_at};
 use super::produce::{Barriers, Gates, Lines, gates, produce};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
@@ -24,7 +23,7 @@ use super::rows::{
 };
 use super::store::{Factors, Place, store_row};
 use crate::family::element::Numbers;
-use crate::family::ptx::{store_shared_16, value_of};
+use crate::family::ptx::value_of;
 use crate::family::walk::Step;
 use crate::score::ScoreCode;
 
@@ -107,22 +106,6 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         }
         attend::<E, NS, NO, NP>(&consumer, bias, scratch, o, &mut lse, &mut rest, n, with_bias, function, written, cfg);
     }
-}
-
-/// Zeroes the rows of the query buffers that no copy fills, so that what they held does not reach a product.
-#[cube]
-fn clear_rows(queries: u32, #[comptime] cfg: HopperConfig) {
-    let [q_len, _, _] = comptime!(cfg.elements());
-    let (filled, piece) = comptime!((cfg.boxed_rows() * 2 * PIECE, cfg.rows() * 2 * PIECE));
-    #[unroll]
-    for x in 0..comptime!(2 * q_len * cfg.query_buffers() / piece) {
-        let mut at = comptime!((x * piece + filled) as u32) + UNIT_POS * 16;
-        while at < comptime!(((x + 1) * piece) as u32) {
-            store_shared_16(queries + at, 0usize, Vector::<u32, Const<4>>::new(0u32));
-            at += comptime!(16 * cfg.units() as u32);
-        }
-    }
-    fence_shared();
 }
 
 /// The addresses of the lines.

@@ -3,9 +3,11 @@
 
 use cubecl::prelude::*;
 
-use super::config::{HopperConfig, ROWS};
+use super::bulk::fence_shared;
+use super::config::{HopperConfig, PIECE, ROWS};
 use super::messages::QueryTile;
 use crate::family::element::{Head, Numbers, head_of};
+use crate::family::ptx::store_shared_16;
 
 /// Where a thread stands in a query tile.
 #[derive(CubeType, Clone, Copy)]
@@ -101,4 +103,21 @@ pub(crate) fn heads_in<E: Float>(
         let other = head_of::<E>(tile.batch, head_in(tile, 8u32, cfg), scratch, bias, n, with_bias);
         Heads { first, other }
     }
+}
+
+/// Zeroes the rows of the query buffers, which start at `queries`, that are of no head and that no copy fills: the scores of what
+/// shared memory held before might be NaN, and with them rows of the same warp would be rescaled in every step.
+#[cube]
+pub(crate) fn clear_rows(queries: u32, #[comptime] cfg: HopperConfig) {
+    let [q_len, _, _] = comptime!(cfg.elements());
+    let (filled, piece) = comptime!((cfg.boxed_rows() * 2 * PIECE, cfg.rows() * 2 * PIECE));
+    #[unroll]
+    for x in 0..comptime!(2 * q_len * cfg.query_buffers() / piece) {
+        let mut at = comptime!((x * piece + filled) as u32) + UNIT_POS * 16;
+        while at < comptime!(((x + 1) * piece) as u32) {
+            store_shared_16(queries + at, 0usize, Vector::<u32, Const<4>>::new(0u32));
+            at += comptime!(16 * cfg.units() as u32);
+        }
+    }
+    fence_shared();
 }
