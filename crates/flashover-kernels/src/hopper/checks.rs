@@ -35,6 +35,12 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, cfg: HopperConfig)
             return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
         }
     }
+    // A plan lists blocks for each head.
+    let heads = if problem.plan.is_some() { 1 } else { problem.group() };
+    if cfg.packed == 0 || cfg.packed > cfg.rows() || !heads.is_multiple_of(cfg.packed) {
+        let expected = format!("a number of heads that divides {heads}, in {} rows", cfg.rows());
+        return Err(KernelError::Tiles { kernel, expected, found: format!("tiles for {} heads", cfg.packed) });
+    }
     if let Some(plan) = problem.plan
         && !cfg.divides(plan.tile)
     {
@@ -88,9 +94,8 @@ mod tests {
     use super::*;
     use crate::block_plan::{PlanShape, TileSize};
 
-    #[test]
-    fn a_backward_says_what_it_cannot_run() {
-        let limits = DeviceLimits {
+    fn hopper() -> DeviceLimits {
+        DeviceLimits {
             name: "test".into(),
             max_bindings: 1024,
             max_shared_bytes: 227 * 1024,
@@ -107,7 +112,26 @@ mod tests {
             plane_sizes: [32, 32],
             plane_operations: true,
             wgmma: true,
-        };
+        }
+    }
+
+    #[test]
+    fn a_forward_says_what_heads_it_cannot_pack() {
+        let p = Problem::new([1, 12, 5, 64], [1, 2, 300, 64], [1, 2, 300, 64], Element::BF16).unwrap();
+        let (cfg, _) = HopperConfig::of(&p);
+        check_limits(&p, &hopper(), cfg).unwrap();
+        let plan =
+            PlanShape { tile: TileSize { bq: 128, bk: 128 }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
+        let planned = Problem { plan: Some(plan), ..p.clone() };
+        for (p, packed, expected) in [(&p, 0, "divides 6"), (&p, 4, "divides 6"), (&planned, 2, "divides 1,")] {
+            let error = check_limits(p, &hopper(), HopperConfig { packed, ..cfg }).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains(&format!("for {packed} heads")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_backward_says_what_it_cannot_run() {
+        let limits = hopper();
         let shape = |d: usize| [1, 2, 300, d];
         let problem = |d, dv| Problem::new(shape(d), shape(d), shape(dv), Element::BF16).unwrap();
         let plain = problem(64, 64);

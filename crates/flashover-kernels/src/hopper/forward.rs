@@ -9,6 +9,7 @@ use cubecl::prelude::*;
 
 use super::config::{Gate, HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::messages::{LINE, QueryTile, after, told_step, told_tile};
+use super::place::{clear_rows, head_in, heads_in, place_in, query_at};
 use super::produce::{Lines, gate_at, produce};
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values,
@@ -17,11 +18,11 @@ use super::ptx::{
 };
 use super::ring::{Ring, advance, barrier_row, ring_start};
 use super::rows::{
-    Place, RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
+    RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
     softmax_tile,
 };
-use super::store::{self, Factors, store_rows};
-use crate::family::element::{Numbers, head_of};
+use super::store::{Factors, Place, store_row};
+use crate::family::element::Numbers;
 use crate::family::ptx::value_of;
 use crate::family::walk::Step;
 use crate::score::ScoreCode;
@@ -69,6 +70,9 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     let warps = comptime!(4 * cfg.consumers as u32);
     let barriers = barrier_row(comptime!(cfg.barriers()), warps);
     fence_barriers();
+    if comptime!(cfg.boxed_rows() < cfg.rows()) {
+        clear_rows(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() }), cfg);
+    }
     sync_cube();
 
     let (registers, spare) = comptime!(cfg.registers());
@@ -376,12 +380,6 @@ struct Done {
     l1: f32,
 }
 
-/// Where a thread stands in a query tile.
-#[cube]
-fn place_in(tile: QueryTile) -> Place {
-    Place { i: tile.i0 + UNIT_POS / 32 * 16 - comptime!(ROWS as u32) + UNIT_POS % 32 / 4, column: UNIT_POS % 4 * 2 }
-}
-
 /// Stores the output and the log-sum-exp of a query tile.
 #[cube]
 fn finish<NO: Size>(
@@ -396,25 +394,37 @@ fn finish<NO: Size>(
     #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
-    let place = place_in(done.tile);
-    let end0 = row_end(done.m0, done.l0, done.tile.head, scratch, n, factor, cfg.plain);
-    let end1 = row_end(done.m1, done.l1, done.tile.head, scratch, n, factor, cfg.plain);
+    let place = place_in(done.tile, n, cfg);
+    let (head0, head1) = (head_in(done.tile, 0u32, cfg), head_in(done.tile, 8u32, cfg));
+    let end0 = row_end(done.m0, done.l0, head0, scratch, n, factor, cfg.plain);
+    let end1 = row_end(done.m1, done.l1, head1, scratch, n, factor, cfg.plain);
     let factors = Factors { factor0: end0.norm, factor1: end1.norm, some0: end0.some, some1: end1.some };
-    let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
-    let rows = store::Place { row: place.i, column: place.column, first: first_row, rows: n.seq_q, width: n.value_dim };
-    store_rows::<NO>(out, factors, rows, o, false, cfg.element, cfg.value_dim, written.whole);
+    let first0 = (done.tile.batch * n.heads_q + head0) as usize * n.seq_q as usize;
+    let first1 = if comptime!(cfg.packed == 1) {
+        first0
+    } else {
+        (done.tile.batch * n.heads_q + head1) as usize * n.seq_q as usize
+    };
+    let (column, rows, width) = (place.column, n.seq_q, n.value_dim);
+    let row0 = Place { row: place.i, column, first: first0, rows, width };
+    store_row::<NO>(out, factors, row0, o, 0usize, false, cfg.element, cfg.value_dim, written.whole);
+    let row1 = Place { row: query_at(place, 1usize), column, first: first1, rows, width };
+    store_row::<NO>(out, factors, row1, o, 1usize, false, cfg.element, cfg.value_dim, written.whole);
     if written.with_rest {
         let to = rest.as_mut().unwrap();
-        store_rows::<NO>(out, factors, rows, to, true, cfg.element, cfg.value_dim, written.whole);
+        store_row::<NO>(out, factors, row0, to, 0usize, true, cfg.element, cfg.value_dim, written.whole);
+        store_row::<NO>(out, factors, row1, to, 1usize, true, cfg.element, cfg.value_dim, written.whole);
     }
     if written.with_lse {
         if place.column == 0 {
             let (x0, x1) = (row_lse(end0, factor, n), row_lse(end1, factor, n));
-            if place.i < n.seq_q {
-                lse.as_mut().unwrap()[first_row + place.i as usize] = x0;
+            if row0.row < n.seq_q {
+                lse.as_mut().unwrap()[first0 + row0.row as usize] = x0;
             }
-            if place.i + 8 < n.seq_q {
-                lse.as_mut().unwrap()[first_row + place.i as usize + 8] = x1;
+            if row1.row < n.seq_q {
+                let at1 =
+                    if comptime!(place.packed) { first1 + row1.row as usize } else { first1 + place.i as usize + 8 };
+                lse.as_mut().unwrap()[at1] = x1;
             }
         }
     }
@@ -425,7 +435,7 @@ fn finish<NO: Size>(
 fn scores<NS: Size>(consumer: &Consumer, buffer: u32, stage: u32, #[comptime] cfg: HopperConfig) -> Accumulator<NS> {
     let [ns, _, _] = comptime!(cfg.lanes());
     let [q_len, k_len, _] = comptime!(cfg.elements());
-    let (piece_q, piece_k) = comptime!((cfg.bq() * 2 * PIECE, cfg.bk * 2 * PIECE));
+    let (piece_q, piece_k) = comptime!((cfg.rows() * 2 * PIECE, cfg.bk * 2 * PIECE));
     let text = comptime!(score_text(ns, cfg.bk, cfg.head_dim, piece_q, piece_k, cfg.element.name()));
     let own = consumer.group * comptime!((ROWS * 2 * PIECE) as u32);
     let q = descriptor(consumer.q + own + buffer * comptime!(2 * q_len as u32), 16u32);
@@ -456,18 +466,18 @@ fn weigh<E: Float, N: Size>(
     #[comptime] masked: bool,
     #[comptime] cfg: HopperConfig,
 ) {
-    let place = place_in(tile);
+    let place = place_in(tile, n, cfg);
     if comptime!(!cfg.plain) {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         shape_scores::<E, N>(s, place, step, at, scratch, bias, n, with_bias, function, cfg.bk);
     }
     if masked && !step.full {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         hide::<N>(s, place, step, at, scratch, n, comptime!(!cfg.plain || cfg.listed), cfg.bk);
     }
     softmax_tile::<N>(s, rows, factor, cfg.plain, cfg.bk);
     if comptime!(!cfg.plain) {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         drop_weights::<N>(s, place, step, at, n, cfg.bk);
     }
 }

@@ -19,6 +19,7 @@ mod config;
 mod forward;
 mod launch;
 mod messages;
+mod place;
 mod produce;
 mod ptx;
 mod ring;

@@ -83,12 +83,15 @@ pub(crate) fn produce<E: Float>(
     let mut behind = Values { exist: false, batch: 0u32, head: 0u32, j0: 0u32 };
     let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, kv: 0u32, step: no_step(0u32) };
     let group = n.heads_q / n.heads_kv;
+    // Heads that have tiles of their own, or share them.
+    let packs = if comptime!(cfg.packed == 1) { n.heads_q } else { n.heads_q / comptime!(cfg.packed as u32) };
     let mut round = 0usize;
     let mut work = CUBE_POS;
     while (work as u32) < works {
-        let own = sectioned_work(work, section, scratch, n, shape);
+        let own = sectioned_work(work, packs, section, scratch, n, shape);
         if own.exists {
-            let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * comptime!(cfg.bq() as u32));
+            let (b, pack, i0) = (own.head / packs, own.head % packs, own.tile * comptime!(cfg.bq() as u32));
+            let h = if comptime!(cfg.packed == 1) { pack } else { pack * comptime!(cfg.packed as u32) };
             let kv = h / group;
             let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
             let walk = key_walk(i0, at, scratch, n, shape);
@@ -176,14 +179,15 @@ fn send<E: Float>(
             held.step.i0,
             buffers,
             q_len,
-            cfg.bq(),
+            cfg.rows(),
+            cfg.boxed_rows(),
         );
         advance(&mut rings.q, comptime!(buffers as u32));
     }
     let stage = value_of::<u32>(rings.k.stage);
     barrier_wait(gate_at(gates, stage, Gate::FreeKeys, cfg), rings.k.parity);
     tell_step(lines.steps, stage, held.step, next, n, cfg);
-    copy_tile::<E>(k, sk, barriers, cfg.first_barrier(Gate::Keys), stage, b, kv, j0, stages, k_len, cfg.bk);
+    copy_tile::<E>(k, sk, barriers, cfg.first_barrier(Gate::Keys), stage, b, kv, j0, stages, k_len, cfg.bk, cfg.bk);
     advance(&mut rings.k, comptime!(stages as u32));
     if behind.exist {
         send_values::<E>(v, sv, barriers, gates, rings, behind.batch, behind.head, behind.j0, cfg);
@@ -211,7 +215,7 @@ fn send_values<E: Float>(
     let stage = value_of::<u32>(rings.v.stage);
     let stages = comptime!(cfg.value_stages());
     barrier_wait(gate_at(gates, stage, Gate::FreeValues, cfg), rings.v.parity);
-    copy_tile::<E>(v, sv, barriers, cfg.first_barrier(Gate::Values), stage, b, kv, j0, stages, v_len, cfg.bk);
+    copy_tile::<E>(v, sv, barriers, cfg.first_barrier(Gate::Values), stage, b, kv, j0, stages, v_len, cfg.bk, cfg.bk);
     advance(&mut rings.v, comptime!(stages as u32));
 }
 
@@ -265,14 +269,17 @@ fn seek(
         }
         cursor.t = t;
     } else {
-        // Without a plan no tile of a walk is empty.
-        let found = band_step(walk, cursor.t, i0, at, n, with_bias, comptime!(cfg.shape()));
+        // Without a plan no tile of a walk is empty. Few queries would fill none of their tiles: those past the end, which are
+        // not stored, need see nothing.
+        let past_end = comptime!(cfg.packed > 1);
+        let found = band_step(walk, cursor.t, i0, at, n, with_bias, past_end, comptime!(cfg.shape()));
         cursor.step.j0 = found.j0;
         cursor.step.full = found.full;
     }
 }
 
-/// Copies a tile of rows from `row` on into a stage, in pieces of 64 elements; zeros past the ends.
+/// Copies a tile of `rows` rows, of which `boxed` come, from `row` on into a stage, in pieces of 64 elements; zeros past the
+/// ends.
 #[cube]
 fn copy_tile<E: Float>(
     from: &TensorMap<E, Tiled>,
@@ -286,12 +293,13 @@ fn copy_tile<E: Float>(
     #[comptime] stages: usize,
     #[comptime] len: usize,
     #[comptime] rows: usize,
+    #[comptime] boxed: usize,
 ) {
     #[unroll]
     for s in 0..stages {
         if stage == comptime!(s as u32) {
             let barrier = &barriers[comptime!(first + s)];
-            barrier.arrive_and_expect_tx(1u32, comptime!(2 * len as u32));
+            barrier.arrive_and_expect_tx(1u32, comptime!((2 * len / rows * boxed) as u32));
             copy_pieces::<E>(from, to, barrier, s, b, h, row, len, rows);
         }
     }

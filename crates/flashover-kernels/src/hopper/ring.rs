@@ -100,7 +100,8 @@ pub(crate) fn address_at(addresses: &Sequence<u32>, stage: u32, #[comptime] stag
     address
 }
 
-/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements; zeros past the ends.
+/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements that are `rows` rows apart; zeros
+/// past the ends.
 #[cube]
 pub(crate) fn copy_pieces<E: Float>(
     from: &TensorMap<E, Tiled>,

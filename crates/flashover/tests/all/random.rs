@@ -42,7 +42,7 @@ const DIMS: [(usize, usize); 5] = [(64, 64), (128, 128), (40, 72), (59, 111), (1
 /// At least three tiles of 128 a side in every other problem; dimensions in turns.
 #[cfg(feature = "cuda")]
 fn matrix_sizes(n: usize) -> Sizes {
-    Sizes { longest: 400, long: 384, dims: Some(DIMS[n % DIMS.len()]) }
+    Sizes { longest: 400, long: 384, dims: Some(DIMS[n % DIMS.len()]), few_queries: false }
 }
 
 /// The same with dimensions that are multiples of 8.
@@ -50,6 +50,12 @@ fn matrix_sizes(n: usize) -> Sizes {
 fn hopper_sizes(n: usize) -> Sizes {
     let sizes = matrix_sizes(n);
     Sizes { dims: sizes.dims.map(|(d, dv)| (d.next_multiple_of(8), dv.next_multiple_of(8))), ..sizes }
+}
+
+/// The same with few queries, whose heads share tiles.
+#[cfg(feature = "cuda")]
+fn few_queries(n: usize) -> Sizes {
+    Sizes { few_queries: true, ..hopper_sizes(n) }
 }
 
 /// Problem `n` of a family: the same in every run, whatever part of them runs.
@@ -135,4 +141,12 @@ fn hopper() {
     let (precision, elements) = (Precision::Exact, vec![Element::BF16, Element::F16]);
     let family = Family { kernel: KernelChoice::Hopper, precision, elements, sizes: hopper_sizes };
     agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn hopper_few_queries() {
+    let elements = vec![Element::BF16, Element::F16];
+    let family = Family { kernel: KernelChoice::Hopper, elements, sizes: few_queries };
+    agree(&family, 27, &devices::gpu().expect("a CUDA build has one"));
 }
