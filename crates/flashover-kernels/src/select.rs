@@ -410,7 +410,7 @@ mod tests {
             for selection in [Ok(chosen), by_name].into_iter().flatten() {
                 let backward = matches!(selection.one_pass, Some(OnePassBackward::Hopper(_)));
                 let hopper = (selection.hopper.is_some(), backward);
-                assert_eq!(hopper, (named, named && d.max(dv) <= 128), "{d}, {dv}");
+                assert_eq!(hopper, (named, named), "{d}, {dv}");
             }
         }
         let error = |problem: &Problem, limits: &DeviceLimits| {

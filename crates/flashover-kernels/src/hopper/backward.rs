@@ -3,7 +3,8 @@
 //! FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2, in the form of FlashAttention-3 (Shah et al., arXiv 2407.08608),
 //! Appendix B: a cube owns a tile of keys, one unit copies tiles of queries, two warpgroups multiply, another unit adds what
 //! they have for dq to f32 in global memory. Tiles lie transposed, rows are keys, so that `pᵀ` and `dsᵀ` go from the
-//! sums of one product into the operands of the next in registers; `ds` also goes through shared memory for dq.
+//! sums of one product into the operands of the next in registers; `ds` also goes through shared memory for dq. Of head
+//! dimensions above 128 [another form](super::backward_wide) shares all but what the two warpgroups do.
 //!
 //! ```text
 //! sᵀ = k · qᵀ    pᵀ = exp(sᵀ − lse)    dpᵀ = v · doᵀ    dsᵀ = pᵀ ∘ (dpᵀ − delta)

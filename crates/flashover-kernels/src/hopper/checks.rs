@@ -154,7 +154,10 @@ mod tests {
              128 keys"
         );
         assert!(error(&planned(64, 128), listed).contains("plan: expected tiles of a multiple of [128, 128]"));
-        assert!(error(&problem(192, 64), cfg).contains("without head dimensions above 128"));
+        // Tiles of smaller heads.
+        assert!(
+            error(&problem(192, 64), cfg).contains("expected tiles for tile 64x64, 2 warpgroups, head 192, values 64")
+        );
         // Tiles that know of no option, for a problem that has one.
         let capped = Problem { softcap: Some(5.0), ..plain.clone() };
         assert!(error(&capped, cfg).contains("expected tiles for tile 64x128"), "{}", error(&capped, cfg));
