@@ -440,7 +440,7 @@ impl<'a> Model<'a> {
 mod tests {
     use super::*;
     use crate::mask::UNBOUNDED;
-    use crate::problem::Element;
+    use crate::problem::{Element, Precision};
 
     #[test]
     fn visible_pairs_are_those_that_the_band_allows() {
@@ -462,6 +462,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn elements_of_f32_move_twice_the_bytes() {
+        let shape = [1, 2, 300, 64];
+        let halves = Problem::new(shape, shape, shape, Element::BF16).unwrap();
+        let floats = Problem { element: Element::F32, precision: Precision::Tf32x3, ..halves.clone() };
+        let forward = |problem| mma_forward(problem, MmaConfig::of(problem).0, false, false).pop().unwrap();
+        let (halves, floats) = (forward(&halves), forward(&floats));
+        assert_eq!(halves.flops, floats.flops);
+        // Two bytes more an element of q, k, v and o.
+        assert_eq!(floats.hbm_bytes - halves.hbm_bytes, 4 * 2 * (2 * 300 * 64));
+        // Rows of 64 floats and 16 bytes: 128 queries, and twice 32 keys and values.
+        assert_eq!(floats.shared_bytes, (128 + 2 * 2 * 32) * (4 * 64 + 16));
     }
 
     #[test]

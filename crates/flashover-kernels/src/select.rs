@@ -375,6 +375,9 @@ mod tests {
         }
         let error = select(&rounded(300), &h200(), KernelChoice::Hopper).unwrap_err().to_string();
         assert!(error.contains("expected one of [F16, BF16] on cuda, got F32"), "{error}");
+        let small = DeviceLimits { max_shared_bytes: 99 * 1024, ..ampere() };
+        let auto = select(&rounded(300), &small, KernelChoice::Auto).unwrap();
+        assert!(auto.kernel == Kernel::Portable && auto.reason.contains("bytes of shared memory"), "{}", auto.reason);
         let auto = select(&rounded(300), &limits(), KernelChoice::Auto).unwrap();
         assert_eq!(auto.kernel, Kernel::Portable);
         assert!(auto.reason.contains("element type: expected one of [] on test, got F32"), "{}", auto.reason);
