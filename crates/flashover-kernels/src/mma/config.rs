@@ -38,6 +38,8 @@ pub struct MmaTile {
     pub cols: usize,
     /// Columns whose scores a forward holds in registers at a time.
     pub part: usize,
+    /// Which form of the kernel: 0 the general one. (Temporary.)
+    pub lean: usize,
 }
 
 impl MmaTile {
@@ -106,7 +108,7 @@ pub struct MmaConfig {
 impl MmaConfig {
     /// The tiles for a problem, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
-        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols };
+        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols, lean: 0 };
         let small_plan =
             problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
         let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
@@ -198,6 +200,24 @@ impl Compiled {
             function: score.map(|score| score.code),
             few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS,
         }
+    }
+}
+
+impl Compiled {
+    /// Whether only position and key lengths hide, only the scale changes scores, and a unit copies the same piece of many rows.
+    pub fn is_lean(&self, problem: &Problem) -> bool {
+        let walks = |dim: usize| {
+            self.tile.units().is_multiple_of(dim / PIECE_LEN)
+                && self.tile.cols.is_multiple_of(self.tile.units() / (dim / PIECE_LEN))
+        };
+        !self.options
+            && problem.plan.is_none()
+            && problem.mask.is_none()
+            && self.q_pieces
+            && self.k_pieces
+            && self.v_pieces
+            && walks(self.head_dim)
+            && walks(self.value_dim)
     }
 }
 

@@ -15,6 +15,7 @@ mod config;
 mod forward;
 mod gradient;
 mod launch;
+mod lean;
 mod one_pass;
 mod one_pass_launch;
 mod one_pass_rows;
