@@ -9,7 +9,7 @@ use super::backward_queries::backward_queries_kernel;
 use super::checks::check_limits;
 use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
-use super::lean::lean_forward_kernel;
+use super::forward_plain::forward_plain_kernel;
 use super::tile::padded;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
@@ -49,10 +49,10 @@ pub fn forward(
     let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(problem), tile.units());
     let c = Compiled::of(problem, tile, [q, k, v], None);
-    if tile.lean != 0 && c.is_lean(problem) {
+    if c.is_plain(problem, [k, v]) {
         // SAFETY: as below.
         unsafe {
-            lean_forward_kernel::launch_unchecked(
+            forward_plain_kernel::launch_unchecked(
                 client,
                 launcher.cubes(cubes_of(problem, Side::Queries, tile.shape())),
                 tile.dim(),
@@ -93,7 +93,7 @@ pub fn forward(
             bias.is_some(),
             with_lse,
             with_rest,
-            Compiled::of(problem, tile, [q, k, v], None),
+            c,
             q.elem,
         );
     }

@@ -48,7 +48,7 @@ impl OnePass {
         if head_dim.max(value_dim) > WIDE {
             return Err("head dimensions above 128");
         }
-        let tile = |warps| MmaTile { warps, blocks: 1, cols: 64, part: 64, lean: 0 };
+        let tile = |warps| MmaTile { warps, blocks: 1, cols: 64, part: 64 };
         let (warps, why) = match head_dim.max(value_dim) {
             ..=64 => (4, "two cubes of such heads share a multiprocessor"),
             _ => (8, "the registers of a multiprocessor hold dk and dv of 128 keys"),
