@@ -190,6 +190,9 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
     let (config, _) = portable_tile(problem, limits);
     check_parameters(problem, limits, config)?;
     let mut reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
+    if tiles.forward.has_plain_form(problem) {
+        reason += "; the forward's plain form, where rows of keys and values are whole 16-byte pieces";
+    }
     let one_pass = match OnePass::of(problem, limits) {
         Ok((of, why)) => {
             reason += &format!("; backward: {of}: {why}");
@@ -328,6 +331,14 @@ mod tests {
         let f32 = select(&problem(300, Element::F32), &ampere(), KernelChoice::Auto).unwrap();
         assert_eq!((f32.kernel, f32.mma), (Kernel::Portable, None));
         assert!(f32.reason.contains("mma kernel cannot run"), "{}", f32.reason);
+    }
+
+    #[test]
+    fn the_reason_names_the_plain_forward() {
+        let reason = |problem: &Problem| select(problem, &ampere(), KernelChoice::Mma).unwrap().reason;
+        let plain = problem(300, Element::BF16);
+        assert!(reason(&plain).contains("plain form"), "{}", reason(&plain));
+        assert!(!reason(&Problem { alibi: true, ..plain }).contains("plain form"));
     }
 
     #[test]

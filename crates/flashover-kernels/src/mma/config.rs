@@ -56,6 +56,21 @@ impl MmaTile {
         TileShape { rows: self.rows(), cols: self.cols }
     }
 
+    /// Whether a forward needs no more than the [plain](super::forward_plain) kernel has: without options, plan and dense mask, and
+    /// whole tiles of keys and of values copied in passes in which each unit takes one 16-byte piece and keeps its column. Padded,
+    /// the dimensions are then 16, 32, 64, 128 or 256.
+    pub(crate) fn has_plain_form(&self, problem: &Problem) -> bool {
+        let in_passes = |dim: usize| {
+            let per_row = padded(dim) / PIECE_LEN;
+            self.units().is_multiple_of(per_row) && self.cols.is_multiple_of(self.units() / per_row)
+        };
+        !has_options(problem)
+            && problem.plan.is_none()
+            && problem.mask.is_none()
+            && in_passes(problem.head_dim)
+            && in_passes(problem.value_dim)
+    }
+
     /// Shared memory in bytes of a forward's cube: the queries, whose place the output takes, and stages of keys and values.
     pub(crate) fn forward_shared_bytes(&self, problem: &Problem) -> usize {
         let (k, v) = pitches(problem);
@@ -201,7 +216,7 @@ pub(crate) struct Compiled {
 
 impl Compiled {
     pub fn of(problem: &Problem, tile: MmaTile, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
-        let Problem { element, head_dim, value_dim, scale, softcap, alibi, score, dropout, .. } = *problem;
+        let Problem { element, head_dim, value_dim, score, .. } = *problem;
         Compiled {
             tile,
             element,
@@ -211,17 +226,30 @@ impl Compiled {
             k_pieces: in_pieces(k),
             v_pieces: in_pieces(v),
             do_pieces: do_.is_none_or(in_pieces),
-            // Folded into the exponent, the scale must keep the order of scores.
-            options: softcap.is_some()
-                || alibi
-                || problem.bias.is_some()
-                || score.is_some()
-                || dropout.is_some()
-                || scale as f32 <= f32::MIN_POSITIVE,
+            options: has_options(problem),
             function: score.map(|score| score.code),
             few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS && element != Element::F32,
         }
     }
+
+    /// Whether the forward is the [plain](super::forward_plain) one: of a [plain](MmaTile::has_plain_form) problem, keys and values
+    /// in 16-byte pieces, the rows of a tile within the 4 GB that a step in 32 bits reaches.
+    pub fn is_plain(&self, problem: &Problem, [k, v]: [&DeviceTensor; 2]) -> bool {
+        let near = |tensor: &DeviceTensor| tensor.strides[2].saturating_mul(2 * self.tile.cols) <= u32::MAX as usize;
+        self.tile.has_plain_form(problem) && self.k_pieces && self.v_pieces && near(k) && near(v)
+    }
+}
+
+/// Whether a score is more than a product by a positive scale, or its probability is dropped.
+fn has_options(problem: &Problem) -> bool {
+    let Problem { scale, softcap, alibi, score, dropout, .. } = *problem;
+    softcap.is_some()
+        || alibi
+        || problem.bias.is_some()
+        || score.is_some()
+        || dropout.is_some()
+        // Folded into the exponent, the scale must keep the order of scores.
+        || scale as f32 <= f32::MIN_POSITIVE
 }
 
 /// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.
@@ -265,5 +293,50 @@ mod tests {
                 assert_eq!(config.shared_bytes(&problem), found.max(queries).max(keys));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tile::DEPTH;
+    use super::*;
+    use crate::mask::Band;
+    use crate::score::{ScoreCode, ScoreUse, Softcap};
+
+    fn has_plain_form(problem: &Problem) -> bool {
+        MmaConfig::of(problem).0.forward.has_plain_form(problem)
+    }
+
+    #[test]
+    fn options_plans_and_masks_have_no_plain_form() {
+        let shape = [2, 4, 300, 64];
+        let plain = Problem::new(shape, shape, shape, Element::BF16).unwrap();
+        let band = Band { causal: true, left: 100, sinks: 4, ..Band::default() };
+        let hidden = Problem { band, key_lengths: true, learned_sinks: true, ..plain.clone() };
+        assert!(has_plain_form(&plain) && has_plain_form(&hidden));
+        let score = ScoreUse { code: ScoreCode::of::<Softcap>(), parameters: 1 };
+        for (what, problem) in [
+            ("softcap", Problem { softcap: Some(3.0), ..plain.clone() }),
+            ("alibi", Problem { alibi: true, ..plain.clone() }),
+            ("bias", Problem { bias: Some([1, 1, 300, 300]), ..plain.clone() }),
+            ("mask", Problem { mask: Some([1, 1, 300, 300]), ..plain.clone() }),
+            ("score", Problem { score: Some(score), ..plain.clone() }),
+            ("negative scale", Problem { scale: -1.0, ..plain.clone() }),
+            ("scale 0", Problem { scale: 0.0, ..plain.clone() }),
+        ] {
+            assert!(!has_plain_form(&problem), "{what}");
+        }
+    }
+
+    #[test]
+    fn rows_of_a_power_of_two_have_a_plain_form() {
+        let dims = (1..=crate::problem::MAX_HEAD_DIM).filter(|&d| d.next_multiple_of(DEPTH).is_power_of_two());
+        let all: Vec<_> = (1..=crate::problem::MAX_HEAD_DIM)
+            .filter(|&d| {
+                let shape = [1, 1, 300, d];
+                has_plain_form(&Problem::new(shape, shape, [1, 1, 300, 64], Element::F16).unwrap())
+            })
+            .collect();
+        assert_eq!(all, dims.collect::<Vec<_>>());
     }
 }

@@ -18,7 +18,7 @@ use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
 use super::tile::{PIECE, Rows, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash, where_kept};
-use crate::family::ptx::exp2;
+use crate::family::ptx::{exp2, value_of};
 use crate::family::walk::{Side, key_walk, work_of};
 
 /// `log₂ e`: exponentials are taken to the base 2.
@@ -160,26 +160,13 @@ pub(crate) fn forward_kernel<E: Float>(
     let mut norm = Array::<f32>::new(comptime!(2 * blocks));
     #[unroll]
     for x in 0..comptime!(2 * blocks) {
-        let mut sum = row_sum(l[x]);
         // In natural units from here on.
         let mut top = m[x];
         if comptime!(!c.options) {
             top = m[x] * n.scale;
         }
-        let mut shrink = 1.0f32;
-        if n.sinks_at != 0 {
-            // A learned sink is one more score that has no value.
-            let sink = f32::reinterpret(scratch[n.sinks_at + h as usize]);
-            let higher = max(top, sink);
-            if !is_minus_infinity(higher) {
-                shrink = exp2((top - higher) * LOG2_E);
-                sum = sum * shrink + exp2((sink - higher) * LOG2_E);
-                top = higher;
-            }
-        }
-        // A row that saw nothing has a sum of 0.
-        let seen = u32::reinterpret(sum) != 0u32;
-        norm[x] = select(seen, shrink / sum, 0.0f32);
+        let (factor, row_lse) = finish_row(row_sum(l[x]), top, h, scratch, n);
+        norm[x] = factor;
         if comptime!(c.options) {
             norm[x] *= n.factor; // by which dropout grows what it keeps
         }
@@ -187,7 +174,7 @@ pub(crate) fn forward_kernel<E: Float>(
         if with_lse {
             if quarter == 0 && i < n.seq_q {
                 let to = head as usize * n.seq_q as usize + i as usize;
-                lse.as_mut().unwrap()[to] = select(seen, top + sum.ln(), n.minus_infinity);
+                lse.as_mut().unwrap()[to] = row_lse;
             }
         }
     }
@@ -200,8 +187,30 @@ pub(crate) fn forward_kernel<E: Float>(
     }
 }
 
+/// What a row's output is multiplied by, and its log-sum-exp. `sum` is that of its probabilities, `top` what their scores were
+/// taken from: −∞ where it saw nothing.
+#[cube]
+pub(crate) fn finish_row(sum: f32, top: f32, head: u32, scratch: &[u32], n: Numbers) -> (f32, f32) {
+    let mut sum = value_of::<f32>(sum);
+    let mut top = value_of::<f32>(top);
+    let mut shrink = 1.0f32;
+    if n.sinks_at != 0 {
+        // A learned sink is one more score that has no value.
+        let sink = f32::reinterpret(scratch[n.sinks_at + head as usize]);
+        let higher = max(top, sink);
+        if !is_minus_infinity(higher) {
+            shrink = exp2((top - higher) * LOG2_E);
+            sum = sum * shrink + exp2((sink - higher) * LOG2_E);
+            top = higher;
+        }
+    }
+    // A row that saw nothing has a sum of 0.
+    let seen = u32::reinterpret(sum) != 0u32;
+    (select(seen, shrink / sum, 0.0f32), select(seen, top + sum.ln(), n.minus_infinity))
+}
+
 /// Scores are taken from a maximum that may lag behind by a factor of the probabilities of 2 to this.
-const LAG: f32 = 8.0;
+pub(crate) const LAG: f32 = 8.0;
 
 /// Takes the scores' maxima, and where any has outgrown the old one by too much, moves there, and shrinks what was summed.
 #[cube]
@@ -253,7 +262,7 @@ fn finite(top: f32) -> f32 {
 
 /// Multiplies a row of the output.
 #[cube]
-fn shrink_row(acc: &mut Array<Sums>, shrink: f32, #[comptime] x: usize, #[comptime] c: Compiled) {
+pub(crate) fn shrink_row(acc: &mut Array<Sums>, shrink: f32, #[comptime] x: usize, #[comptime] c: Compiled) {
     let value_blocks = comptime!(c.value_dim / COLS);
     #[unroll]
     for col in 0..value_blocks {

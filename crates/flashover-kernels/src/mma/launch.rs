@@ -9,6 +9,7 @@ use super::backward_queries::backward_queries_kernel;
 use super::checks::check_limits;
 use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
+use super::forward_plain::forward_plain_kernel;
 use super::tile::padded;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
@@ -53,6 +54,31 @@ pub fn forward(
     let bindings = bindings + usize::from(with_rest);
     let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(problem), tile.units());
+    let c = Compiled::of(problem, tile, [q, k, v], None);
+    if c.is_plain(problem, [k, v]) {
+        // SAFETY: as below.
+        unsafe {
+            forward_plain_kernel::launch_unchecked(
+                client,
+                launcher.cubes(cubes_of(problem, Side::Queries, tile.shape())),
+                tile.dim(),
+                address,
+                q.arg(),
+                k.arg(),
+                v.arg(),
+                scratch.buffer(),
+                o.buffer(),
+                lse.as_ref().map(DeviceTensor::buffer).into(),
+                rest.as_ref().map(DeviceTensor::buffer).into(),
+                call.numbers(),
+                with_lse,
+                with_rest,
+                c,
+                q.elem,
+            );
+        }
+        return Ok((call.o, call.lse, rest));
+    }
     // SAFETY: rows, keys and elements are tested against the shapes that `check_operands` held against the problem;
     // 16-byte accesses are made only where `Compiled` found rows aligned.
     unsafe {
@@ -73,7 +99,7 @@ pub fn forward(
             bias.is_some(),
             with_lse,
             with_rest,
-            Compiled::of(problem, tile, [q, k, v], None),
+            c,
             q.elem,
         );
     }

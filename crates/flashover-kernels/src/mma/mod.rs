@@ -14,6 +14,7 @@ mod backward_queries;
 mod checks;
 mod config;
 mod forward;
+mod forward_plain;
 mod gradient;
 mod launch;
 mod one_pass;

@@ -87,6 +87,16 @@ fn other_lane(x: f32, #[comptime] mask: usize) -> f32 {
     out
 }
 
+/// `x`, in a register of its own for as long as it is used: the compiler would otherwise work out again what is made of indices of
+/// units, tile by tile.
+#[cube]
+pub(crate) fn kept(x: u32) -> u32 {
+    let x = value_of::<u32>(x);
+    let out: u32;
+    gpu_asm!("shfl.sync.bfly.b32 {out}, {x}, 0, 31, -1;", out = out(_) out, x = in(_) x);
+    out
+}
+
 /// Maximum over the four lanes that share a row of sums.
 #[cube]
 pub(crate) fn row_maximum(x: f32) -> f32 {

@@ -81,22 +81,39 @@ pub(crate) fn hide(
             }
         }
     } else {
-        // Position and key lengths leave each query a few spans of keys.
-        let (rows, columns) = comptime!((2 * c.tile.blocks, 2 * col_blocks));
-        let (queries, keys) = comptime!(match side {
-            Side::Queries => (rows, columns),
-            Side::Keys => (columns, rows),
-        });
+        hide_out_of_reach(s, dp, row, column, at, n, with_dp, side, c);
+    }
+}
+
+/// [`hide`] where no dense mask and no plan's bits touch the tile.
+#[cube]
+pub(crate) fn hide_out_of_reach(
+    s: &mut Array<Sums>,
+    dp: &mut Array<Sums>,
+    row: u32,
+    column: u32,
+    at: Head,
+    n: Numbers,
+    #[comptime] with_dp: bool,
+    #[comptime] side: Side,
+    #[comptime] c: Compiled,
+) {
+    let col_blocks = comptime!(c.tile.cols / COLS);
+    // Position and key lengths leave each query a few spans of keys.
+    let (rows, columns) = comptime!((2 * c.tile.blocks, 2 * col_blocks));
+    let (queries, keys) = comptime!(match side {
+        Side::Queries => (rows, columns),
+        Side::Keys => (columns, rows),
+    });
+    #[unroll]
+    for query in 0..queries {
+        let (x, z) = comptime!(element(query, 0, side, col_blocks));
+        let reach = reach_of(query_and_key(row, column, x, z, side, c).0, at, n);
         #[unroll]
-        for query in 0..queries {
-            let (x, z) = comptime!(element(query, 0, side, col_blocks));
-            let reach = reach_of(query_and_key(row, column, x, z, side, c).0, at, n);
-            #[unroll]
-            for key in 0..keys {
-                let (x, z) = comptime!(element(query, key, side, col_blocks));
-                if !in_reach(query_and_key(row, column, x, z, side, c).1, reach) {
-                    hide_one(s, dp, x, z, n, with_dp);
-                }
+        for key in 0..keys {
+            let (x, z) = comptime!(element(query, key, side, col_blocks));
+            if !in_reach(query_and_key(row, column, x, z, side, c).1, reach) {
+                hide_one(s, dp, x, z, n, with_dp);
             }
         }
     }
