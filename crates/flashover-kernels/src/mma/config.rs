@@ -1,6 +1,6 @@
 //! Tiles, and what of a problem is compiled into a kernel.
 
-use super::tile::{PIECE, padded, pitch};
+use super::tile::{PIECE, PIECE_LEN, padded, pitch};
 use crate::block_plan::TileSize;
 use crate::device::DeviceTensor;
 use crate::family::tile_shape::TileShape;
@@ -56,15 +56,16 @@ impl MmaTile {
         TileShape { rows: self.rows(), cols: self.cols }
     }
 
-    /// Whether a forward needs no more than the [plain](super::forward_plain) kernel has: without options, plan and dense mask, and
-    /// whole tiles of keys and of values copied in passes in which each unit takes one 16-byte piece and keeps its column. Padded,
+    /// Whether a forward needs no more than the [plain](super::forward_plain) kernel has: elements of 16 bits, no options, no plan, no dense
+    /// mask, and whole tiles of keys and of values copied in passes in which each unit takes one 16-byte piece and keeps its column. Padded,
     /// the dimensions are then 16, 32, 64, 128 or 256.
     pub(crate) fn has_plain_form(&self, problem: &Problem) -> bool {
         let in_passes = |dim: usize| {
             let per_row = padded(dim) / PIECE_LEN;
             self.units().is_multiple_of(per_row) && self.cols.is_multiple_of(self.units() / per_row)
         };
-        !has_options(problem)
+        problem.element != Element::F32
+            && !has_options(problem)
             && problem.plan.is_none()
             && problem.mask.is_none()
             && in_passes(problem.head_dim)

@@ -19,7 +19,7 @@ use super::ptx::{
 };
 use super::scores::{hide_out_of_reach, row_index};
 use super::store::store_rows;
-use super::tile::{PIECE, PIECE_LEN, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use super::tile::{PIECE, PIECE_LEN, Rows, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, position};
 use crate::family::ptx::exp2;
 use crate::family::walk::{Side, Walk, key_walk, work_of};
@@ -59,8 +59,9 @@ pub(crate) fn forward_plain_kernel<E: Float>(
     let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
 
     // Queries (later the output), then the stages: keys and values.
-    let (k_bytes, v_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
-    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.cols * pitch(c.head_dim, c.element), tile.cols * pitch(c.value_dim, c.element)));
+    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim), c.element));
     let memory = Shared::<[Fragment]>::new_aligned_slice(
         comptime!((q_bytes + STAGES * (k_bytes + v_bytes)) / PIECE),
         comptime!(PIECE),
@@ -72,9 +73,10 @@ pub(crate) fn forward_plain_kernel<E: Float>(
     // This lane's first row and column of every block of sums.
     let quarter = lane % 4;
     let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
-    let q_place = kept(row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim));
-    let mut k_place = kept(column_place(stage_at, c.head_dim));
-    let mut v_place = kept(row_place(stage_at + comptime!(k_bytes as u32), c.value_dim));
+    let q_place =
+        kept(row_place(q_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element));
+    let mut k_place = kept(column_place(stage_at, c.head_dim, c.element));
+    let mut v_place = kept(depth_place(stage_at + comptime!(k_bytes as u32), c.value_dim, c.element));
 
     let mut acc = Array::<Sums>::new(comptime!(blocks * value_blocks)); // o [16 · blocks, Dv]
     #[unroll]
@@ -95,15 +97,15 @@ pub(crate) fn forward_plain_kernel<E: Float>(
     load_rows::<E>(q, q_rows, i0, q_at, tile.rows(), c.head_dim, c.q_pieces, tile.units(), c.element);
     let k_copies = copies_of(k_rows, c.head_dim);
     let v_copies = copies_of(v_rows, c.value_dim);
-    let mut k_to = kept(copy_place(stage_at, c.head_dim));
+    let mut k_to = kept(copy_place(stage_at, c.head_dim, c.element));
     let mut v_to = k_to;
     if comptime!(c.head_dim != c.value_dim) {
-        v_to = kept(copy_place(stage_at, c.value_dim));
+        v_to = kept(copy_place(stage_at, c.value_dim, c.element));
     }
     let mut next = tile_of(walk, 0u32);
     if walk.steps > 0 {
-        copy_tile(k_copies, k_to, 0usize, next, c.head_dim, tile);
-        copy_tile(v_copies, v_to, k_bytes, next, c.value_dim, tile);
+        copy_tile(k_copies, k_to, 0usize, next, c.head_dim, tile, c.element);
+        copy_tile(v_copies, v_to, k_bytes, next, c.value_dim, tile, c.element);
     }
     commit_copies();
     let mut other = comptime!((k_bytes + v_bytes) as i32).runtime();
@@ -127,8 +129,8 @@ pub(crate) fn forward_plain_kernel<E: Float>(
         }
         if t < walk.steps {
             next = tile_of(walk, t);
-            copy_tile(k_copies, k_to, 0usize, next, c.head_dim, tile);
-            copy_tile(v_copies, v_to, k_bytes, next, c.value_dim, tile);
+            copy_tile(k_copies, k_to, 0usize, next, c.head_dim, tile, c.element);
+            copy_tile(v_copies, v_to, k_bytes, next, c.value_dim, tile, c.element);
         }
         commit_copies();
 
@@ -247,9 +249,9 @@ fn copies_of(rows: Rows, #[comptime] dim: usize) -> Copies {
 
 /// Where a unit's piece of the first row goes.
 #[cube]
-fn copy_place(to: u32, #[comptime] dim: usize) -> u32 {
+fn copy_place(to: u32, #[comptime] dim: usize, #[comptime] element: Element) -> u32 {
     let per_row = comptime!((dim / PIECE_LEN) as u32);
-    to + UNIT_POS / per_row * comptime!(pitch(dim) as u32) + UNIT_POS % per_row * comptime!(PIECE as u32)
+    to + UNIT_POS / per_row * comptime!(pitch(dim, element) as u32) + UNIT_POS % per_row * comptime!(PIECE as u32)
 }
 
 /// Starts copying a tile of keys or values.
@@ -261,6 +263,7 @@ fn copy_tile(
     number: u32,
     #[comptime] dim: usize,
     #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
 ) {
     let down = comptime!(tile.units() / (dim / PIECE_LEN));
     let passes = comptime!(tile.cols / down);
@@ -271,7 +274,7 @@ fn copy_tile(
     #[unroll]
     for pass in 0..passes {
         let below = comptime!((pass * down) as i32) < left;
-        copy_async(to, comptime!(offset + pass * down * pitch(dim)), from, below);
+        copy_async(to, comptime!(offset + pass * down * pitch(dim, element)), from, below);
         from += step as u64;
     }
 }
