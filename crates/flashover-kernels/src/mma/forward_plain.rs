@@ -23,6 +23,7 @@ use super::tile::{PIECE, PIECE_LEN, Rows, column_place, depth_place, head_rows, 
 use crate::family::element::{Numbers, head_of, position};
 use crate::family::ptx::exp2;
 use crate::family::walk::{Side, Walk, key_walk, work_of};
+use crate::problem::Element;
 
 /// What a row that has seen nothing has in place of `−m`: it hides every score of −∞, and any other outgrows it.
 const NOTHING: f32 = f32::MAX;
