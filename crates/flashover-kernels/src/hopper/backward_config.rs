@@ -185,9 +185,10 @@ impl HopperBackwardConfig {
     }
 
     /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all. Who walks a plan's lists needs more
-    /// than who counts tiles.
+    /// than who counts tiles, but with fewer for the consumers products of 256 elements are made one by one (ptxas says C7512).
     pub(crate) const fn registers(&self) -> (u32, u32) {
-        if self.listed { (232, 40) } else { (240, 24) }
+        let widest = self.head_dim > 192 || self.value_dim > 192;
+        if self.listed && !widest { (232, 40) } else { (240, 24) }
     }
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, dk, dv, part of dq and packed weights.
