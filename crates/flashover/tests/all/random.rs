@@ -131,7 +131,7 @@ fn tf32x3() {
 #[test]
 fn cmma() {
     let elements = vec![Element::BF16, Element::F16];
-    let family = Family { kernel: KernelChoice::Cmma, elements, sizes: matrix_sizes };
+    let family = Family { kernel: KernelChoice::Cmma, precision: Precision::Exact, elements, sizes: matrix_sizes };
     agree(&family, 9, &devices::gpu().expect("a CUDA build has one"));
 }
 
@@ -147,6 +147,6 @@ fn hopper() {
 #[test]
 fn hopper_few_queries() {
     let elements = vec![Element::BF16, Element::F16];
-    let family = Family { kernel: KernelChoice::Hopper, elements, sizes: few_queries };
+    let family = Family { kernel: KernelChoice::Hopper, precision: Precision::Exact, elements, sizes: few_queries };
     agree(&family, 27, &devices::gpu().expect("a CUDA build has one"));
 }
