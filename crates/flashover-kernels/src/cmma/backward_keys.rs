@@ -17,11 +17,11 @@ use crate::family::walk::{Side, query_step, query_walk, work_of};
 /// One cube a key tile and key head. Both gradients at once unless registers or bindings forbid.
 #[cfg_attr(not(all(test, feature = "compilers")), cube(launch_unchecked, address_type = "dynamic"))]
 #[cfg_attr(all(test, feature = "compilers"), cube(launch_unchecked, create_dummy_kernel, address_type = "dynamic"))]
-pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
-    q: &Tensor<Vector<E, N>>,
-    k: &Tensor<Vector<E, N>>,
-    v: ComptimeOption<&Tensor<Vector<E, N>>>,
-    d_o: &Tensor<Vector<E, N>>,
+pub(crate) fn backward_keys_kernel<E: Float, W: Size>(
+    q: &Tensor<Vector<E, W>>,
+    k: &Tensor<Vector<E, W>>,
+    v: ComptimeOption<&Tensor<Vector<E, W>>>,
+    d_o: &Tensor<Vector<E, W>>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     mut dk: ComptimeOption<Box<[E]>>,
@@ -41,7 +41,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
     let (head, j0) = (work.head, work.tile * comptime!(tile.rows() as u32));
     let (b, kv) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
-    let k_rows = head_rows::<E, N>(k, b, kv, n.seq_kv, n.head_dim);
+    let k_rows = head_rows::<E, W>(k, b, kv, n.seq_kv, n.head_dim);
 
     // Keys, then values; queries and the gradients of their outputs, apart or in turns.
     let v_at = comptime!(tile.rows() * pitch(c.head_dim));
@@ -61,28 +61,28 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
     let acc_k = zeros(comptime!(tile.plane_rows() * dk_dim / (tile.edge * tile.edge)), tile); // dk [rows, D]
     let acc_v = zeros(comptime!(tile.plane_rows() * dv_dim / (tile.edge * tile.edge)), tile); // dv [rows, Dv]
     let j = j0 + own_row(tile);
-    load_rows::<E, N>(k, k_rows, j0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
+    load_rows::<E, W>(k, k_rows, j0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
     if with_dk {
         let v = v.unwrap();
-        let v_rows = head_rows::<E, N>(v, b, kv, n.seq_kv, n.value_dim);
-        load_rows::<E, N>(v, v_rows, j0, &mut own, v_at, tile.rows(), c.value_dim, tile);
+        let v_rows = head_rows::<E, W>(v, b, kv, n.seq_kv, n.value_dim);
+        load_rows::<E, W>(v, v_rows, j0, &mut own, v_at, tile.rows(), c.value_dim, tile);
     }
 
     for g in 0..group {
         let h = kv * group + g;
         let head = b * n.heads_q + h;
         let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
-        let q_rows = head_rows::<E, N>(q, b, h, n.seq_q, n.head_dim);
-        let do_rows = head_rows::<E, N>(d_o, b, h, n.seq_q, n.value_dim);
+        let q_rows = head_rows::<E, W>(q, b, h, n.seq_q, n.head_dim);
+        let do_rows = head_rows::<E, W>(d_o, b, h, n.seq_q, n.value_dim);
         let walk = query_walk(j0, at, scratch, n, tile.shape());
         for t in 0..walk.steps {
             let step = query_step(walk, t, j0, at, scratch, n, c.hides, tile.shape());
             if !step.empty {
                 // Everyone is done with the last tile.
                 sync_cube();
-                load_rows::<E, N>(q, q_rows, step.i0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
+                load_rows::<E, W>(q, q_rows, step.i0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
                 if comptime!(tile.apart) {
-                    load_rows::<E, N>(d_o, do_rows, step.i0, &mut walked, do_at, tile.cols, c.value_dim, tile);
+                    load_rows::<E, W>(d_o, do_rows, step.i0, &mut walked, do_at, tile.cols, c.value_dim, tile);
                 }
                 let mut x = UNIT_POS;
                 while x < comptime!(tile.cols as u32) {
@@ -101,7 +101,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
                 product::<E>(&own, 0usize, &walked, 0usize, &mut s, c.head_dim, tile); // sᵀ = k · qᵀ
                 if comptime!(!tile.apart) {
                     sync_cube();
-                    load_rows::<E, N>(d_o, do_rows, step.i0, &mut walked, do_at, tile.cols, c.value_dim, tile);
+                    load_rows::<E, W>(d_o, do_rows, step.i0, &mut walked, do_at, tile.cols, c.value_dim, tile);
                     sync_cube();
                 }
                 if with_dk {
@@ -160,7 +160,7 @@ pub(crate) fn backward_keys_kernel<E: Float, N: Size>(
                 if with_dk {
                     if comptime!(!tile.apart) {
                         sync_cube();
-                        load_rows::<E, N>(q, q_rows, step.i0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
+                        load_rows::<E, W>(q, q_rows, step.i0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
                         sync_cube();
                     }
                     // dk += dsᵀ · q

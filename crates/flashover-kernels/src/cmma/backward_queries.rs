@@ -17,11 +17,11 @@ use crate::family::walk::{Side, key_step, key_walk, work_of};
 /// One cube a query tile and head. Adds the row sums to the `delta` of the scratch buffer, which holds `−dlse`.
 #[cfg_attr(not(all(test, feature = "compilers")), cube(launch_unchecked, address_type = "dynamic"))]
 #[cfg_attr(all(test, feature = "compilers"), cube(launch_unchecked, create_dummy_kernel, address_type = "dynamic"))]
-pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
-    q: &Tensor<Vector<E, N>>,
-    k: &Tensor<Vector<E, N>>,
-    v: &Tensor<Vector<E, N>>,
-    d_o: &Tensor<Vector<E, N>>,
+pub(crate) fn backward_queries_kernel<E: Float, W: Size>(
+    q: &Tensor<Vector<E, W>>,
+    k: &Tensor<Vector<E, W>>,
+    v: &Tensor<Vector<E, W>>,
+    d_o: &Tensor<Vector<E, W>>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &mut [u32],
     mut dq: ComptimeOption<Box<[E]>>,
@@ -40,10 +40,10 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
     let (b, h) = (head / n.heads_q, head % n.heads_q);
     let at = head_of::<E>(b, h, &*scratch, bias, n, with_bias);
     let kv = h / (n.heads_q / n.heads_kv);
-    let q_rows = head_rows::<E, N>(q, b, h, n.seq_q, n.head_dim);
-    let k_rows = head_rows::<E, N>(k, b, kv, n.seq_kv, n.head_dim);
-    let v_rows = head_rows::<E, N>(v, b, kv, n.seq_kv, n.value_dim);
-    let do_rows = head_rows::<E, N>(d_o, b, h, n.seq_q, n.value_dim);
+    let q_rows = head_rows::<E, W>(q, b, h, n.seq_q, n.head_dim);
+    let k_rows = head_rows::<E, W>(k, b, kv, n.seq_kv, n.head_dim);
+    let v_rows = head_rows::<E, W>(v, b, kv, n.seq_kv, n.value_dim);
+    let do_rows = head_rows::<E, W>(d_o, b, h, n.seq_q, n.value_dim);
 
     // Queries, then the gradients of their outputs; keys and values, apart or in turns.
     let do_at = comptime!(tile.rows() * pitch(c.head_dim));
@@ -74,8 +74,8 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
     let mut mass = 0.0f32; // Σ p of this unit's columns
     let mut sum = 0.0f32; // Σ p · mult · dp
 
-    load_rows::<E, N>(q, q_rows, i0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
-    load_rows::<E, N>(d_o, do_rows, i0, &mut own, do_at, tile.rows(), c.value_dim, tile);
+    load_rows::<E, W>(q, q_rows, i0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
+    load_rows::<E, W>(d_o, do_rows, i0, &mut own, do_at, tile.rows(), c.value_dim, tile);
     let walk = key_walk(i0, at, &*scratch, n, tile.shape());
     let sweeps = comptime!(if with_dq { 2u32 } else { 1u32 });
     for sweep in 0..sweeps {
@@ -84,15 +84,15 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
             if !step.empty {
                 // Everyone is done with the last tile.
                 sync_cube();
-                load_rows::<E, N>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
+                load_rows::<E, W>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
                 if comptime!(tile.apart) {
-                    load_rows::<E, N>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
+                    load_rows::<E, W>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
                 }
                 sync_cube();
                 product::<E>(&own, 0usize, &walked, 0usize, &mut s, c.head_dim, tile); // s = q · kᵀ
                 if comptime!(!tile.apart) {
                     sync_cube();
-                    load_rows::<E, N>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
+                    load_rows::<E, W>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
                     sync_cube();
                 }
                 product::<E>(&own, do_at, &walked, v_at, &mut dp, c.value_dim, tile); // dp = do · vᵀ
@@ -135,7 +135,7 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
                     if sweep != 0 {
                         if comptime!(!tile.apart) {
                             sync_cube();
-                            load_rows::<E, N>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
+                            load_rows::<E, W>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
                             sync_cube();
                         }
                         // dq += ds · k
@@ -152,7 +152,7 @@ pub(crate) fn backward_queries_kernel<E: Float, N: Size>(
                     whole += (f32::reinterpret(scratch[n.sinks_at + h as usize]) - lse).exp();
                 }
                 delta = minus_dlse + all / whole;
-                if UNIT_POS_X % comptime!(tile.row_units() as u32) == 0 {
+                if UNIT_POS_X.is_multiple_of(comptime!(tile.row_units() as u32)) {
                     scratch[n.delta_at + first + i as usize] = u32::reinterpret(delta);
                 }
             }

@@ -28,10 +28,10 @@ const HIDDEN: f32 = f32::MAX;
 /// One cube a query tile and head, the longest tiles first.
 #[cfg_attr(not(all(test, feature = "compilers")), cube(launch_unchecked, address_type = "dynamic"))]
 #[cfg_attr(all(test, feature = "compilers"), cube(launch_unchecked, create_dummy_kernel, address_type = "dynamic"))]
-pub(crate) fn forward_kernel<E: Float, N: Size>(
-    q: &Tensor<Vector<E, N>>,
-    k: &Tensor<Vector<E, N>>,
-    v: &Tensor<Vector<E, N>>,
+pub(crate) fn forward_kernel<E: Float, W: Size>(
+    q: &Tensor<Vector<E, W>>,
+    k: &Tensor<Vector<E, W>>,
+    v: &Tensor<Vector<E, W>>,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     o: &mut [E],
@@ -51,9 +51,9 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
     let (b, h) = (head / n.heads_q, head % n.heads_q);
     let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
     let kv = h / (n.heads_q / n.heads_kv);
-    let q_rows = head_rows::<E, N>(q, b, h, n.seq_q, n.head_dim);
-    let k_rows = head_rows::<E, N>(k, b, kv, n.seq_kv, n.head_dim);
-    let v_rows = head_rows::<E, N>(v, b, kv, n.seq_kv, n.value_dim);
+    let q_rows = head_rows::<E, W>(q, b, h, n.seq_q, n.head_dim);
+    let k_rows = head_rows::<E, W>(k, b, kv, n.seq_kv, n.head_dim);
+    let v_rows = head_rows::<E, W>(v, b, kv, n.seq_kv, n.value_dim);
 
     let (v_at, walked_len) = comptime!(tile.walked(c.head_dim, c.value_dim));
     let mut own = Shared::<[E4<E>]>::new_aligned_slice(comptime!(tile.rows() * pitch(c.head_dim) / LANES), 32usize);
@@ -71,7 +71,7 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
     if comptime!(c.options) {
         hash = row_hash(head, i, n);
     }
-    load_rows::<E, N>(q, q_rows, i0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
+    load_rows::<E, W>(q, q_rows, i0, &mut own, 0usize, tile.rows(), c.head_dim, tile);
 
     let walk = key_walk(i0, at, scratch, n, tile.shape());
     for t in 0..walk.steps {
@@ -79,15 +79,15 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
         if !step.empty {
             // Everyone is done with the last tile.
             sync_cube();
-            load_rows::<E, N>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
+            load_rows::<E, W>(k, k_rows, step.j0, &mut walked, 0usize, tile.cols, c.head_dim, tile);
             if comptime!(tile.apart) {
-                load_rows::<E, N>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
+                load_rows::<E, W>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
             }
             sync_cube();
             product::<E>(&own, 0usize, &walked, 0usize, &mut scores, c.head_dim, tile); // s = q · kᵀ
             if comptime!(!tile.apart) {
                 sync_cube();
-                load_rows::<E, N>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
+                load_rows::<E, W>(v, v_rows, step.j0, &mut walked, v_at, tile.cols, c.value_dim, tile);
             }
             sync_plane();
 
@@ -140,7 +140,7 @@ pub(crate) fn forward_kernel<E: Float, N: Size>(
     let norm = select(seen, shrink / sum * n.factor, 0.0f32);
     let first = head as usize * n.seq_q as usize;
     if with_lse {
-        if UNIT_POS_X % comptime!(tile.row_units() as u32) == 0 && i < n.seq_q {
+        if UNIT_POS_X.is_multiple_of(comptime!(tile.row_units() as u32)) && i < n.seq_q {
             lse.as_mut().unwrap()[first + i as usize] = select(seen, m + sum.ln(), n.minus_infinity);
         }
     }

@@ -264,8 +264,11 @@ fn in_pieces(tensor: &DeviceTensor) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::DEPTH;
     use super::*;
+    use crate::mask::Band;
     use crate::problem::Precision;
+    use crate::score::{ScoreCode, ScoreUse, Softcap};
 
     /// Shared memory that a cube can have on sm86 and sm89, sm80, and sm90.
     const SM86: usize = 99 * 1024;
@@ -295,14 +298,6 @@ mod tests {
             }
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::tile::DEPTH;
-    use super::*;
-    use crate::mask::Band;
-    use crate::score::{ScoreCode, ScoreUse, Softcap};
 
     fn has_plain_form(problem: &Problem) -> bool {
         MmaConfig::of(problem).0.forward.has_plain_form(problem)

@@ -15,6 +15,7 @@ fn vulkan() -> DeviceLimits {
         hardware: true,
         ptx: false,
         matrix_elements: Vec::new(),
+        matrix_tf32: false,
         matrix_loads: Vec::new(),
         async_copies: false,
         cooperative: vec![(Element::F16, 16)],
