@@ -18,6 +18,7 @@ mod launch;
 mod lean;
 mod one_pass;
 mod one_pass_launch;
+mod one_pass_pairs;
 mod one_pass_rows;
 mod products;
 mod ptx;

@@ -163,6 +163,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
                 n,
                 with_bias,
                 true,
+                comptime!(4 * tile.cols),
                 c,
             );
             #[unroll]
@@ -177,7 +178,9 @@ pub(crate) fn one_pass_kernel<E: Float>(
             accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, c); // dv += pᵀ · do
             accumulate(&mut acc_k, &dp, q_rows_place + stage, c.head_dim, c); // dk += dsᵀ · q
             // Everyone's ds is there, and what everyone added in the step before.
-            fence_device();
+            if comptime!(of.tile.lean & 2 == 0) {
+                fence_device();
+            }
             sync_cube();
             turn_pass(added, UNIT_POS == 0);
             let place = place_of(owned, h, step.i0 / comptime!(tile.cols as u32), n, tile.cols);

@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 
 use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
 use super::one_pass::one_pass_kernel;
+use super::one_pass_pairs::one_pass_pairs_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
 use super::tile::{PIECE, padded, pitch};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
@@ -71,7 +72,27 @@ impl OnePass {
 
     /// Warps side by side over the queries of dq; the others have further elements of the head dimension.
     pub(crate) const fn query_warps(&self) -> usize {
-        self.tile.cols / ROWS
+        self.tile.cols / ROWS / self.query_blocks()
+    }
+
+    /// Blocks of 16 queries that a warp has of dq.
+    pub(crate) const fn query_blocks(&self) -> usize {
+        if self.tile.lean & 1 != 0 { 2 } else { 1 }
+    }
+
+    /// Blocks of sums that a warp has of dq.
+    pub(crate) const fn blocks(&self) -> usize {
+        2 * self.pairs() * self.query_blocks()
+    }
+
+    /// Warps two of which share 32 keys: how each multiplies scores.
+    pub(crate) const fn scores(&self) -> MmaTile {
+        MmaTile { warps: self.tile.warps / 2, blocks: 2, cols: self.tile.cols / 2, part: self.tile.cols / 2, lean: 0 }
+    }
+
+    /// Bytes of the weights that warps hand each other.
+    pub(crate) const fn weight_bytes(&self) -> usize {
+        if self.tile.lean & 1 != 0 { self.tile.rows() * self.tile.cols * 2 } else { 0 }
     }
 
     /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end.
@@ -96,13 +117,13 @@ impl OnePass {
 
     /// Bytes of a tile of dq in f32.
     pub(crate) const fn sums_bytes(&self) -> usize {
-        2 * self.pairs() * self.tile.units() * PIECE
+        self.blocks() * self.tile.units() * PIECE
     }
 
     /// Shared memory of a cube in bytes.
     pub const fn shared_bytes(&self) -> usize {
         let own = self.tile.rows() * (pitch(self.head_dim) + pitch(self.value_dim));
-        own + STAGES * self.stage_bytes() + self.ds_bytes()
+        own + STAGES * self.stage_bytes() + self.ds_bytes() + self.weight_bytes()
     }
 }
 
@@ -221,6 +242,35 @@ impl Call<'_> {
         };
         // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
         // `Compiled` found rows aligned; the buffer of sums holds whole tiles.
+        if self.of.tile.lean & 1 != 0 {
+            // SAFETY: as below.
+            unsafe {
+                one_pass_pairs_kernel::launch_unchecked(
+                    self.launcher.client,
+                    self.launcher.cubes(batch * heads_kv * key_tiles),
+                    CubeDim::new_1d(self.of.tile.units() as u32),
+                    address,
+                    q.arg(),
+                    k.arg(),
+                    v.arg(),
+                    do_.arg(),
+                    bias.as_ref().map(DeviceTensor::arg).into(),
+                    self.scratch.buffer(),
+                    self.turns.words.buffer(),
+                    sums.buffer(),
+                    dk.buffer(),
+                    dv.buffer(),
+                    numbers(self.problem, &self.layout),
+                    section as u32,
+                    self.turns.lists(),
+                    bias.is_some(),
+                    self.of,
+                    self.c,
+                    q.elem,
+                );
+            }
+            return;
+        }
         unsafe {
             one_pass_kernel::launch_unchecked(
                 self.launcher.client,

@@ -154,6 +154,13 @@ pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
     gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
 }
 
+/// Waits until `units` units have come to barrier `id`, and what they wrote to shared memory is there. 0 is that of the cube.
+#[cube]
+pub(crate) fn sync_some(id: u32, #[comptime] units: usize) {
+    let id = value_of::<u32>(id);
+    gpu_asm!("bar.sync {id}, {units};", id = in(_) id);
+}
+
 /// Reads two floats from shared memory.
 #[cube]
 pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {
