@@ -53,6 +53,8 @@ pub enum Name {
     Hopper,
     /// Our kernels for tensor cores.
     Mma,
+    /// Our kernels for cooperative matrices.
+    Cmma,
     /// Our kernels for every GPU.
     Portable,
     /// `flashover::attention`, as a Burn user calls it, beside Burn's.
@@ -80,6 +82,7 @@ impl Name {
         match self {
             Name::Hopper => "hopper",
             Name::Mma => "mma",
+            Name::Cmma => "cmma",
             Name::Portable => "portable",
             Name::Flashover => "flashover",
             Name::Burn => "burn",
@@ -90,7 +93,7 @@ impl Name {
     }
 
     const fn is_ours(self) -> bool {
-        matches!(self, Name::Hopper | Name::Mma | Name::Portable | Name::Flashover)
+        matches!(self, Name::Hopper | Name::Mma | Name::Cmma | Name::Portable | Name::Flashover)
     }
 
     /// What it is compared in. Burn's attention works on f16 tiles, and in bf16 its tuning panics or does not end.
@@ -209,6 +212,7 @@ fn measure(
         let contestant: Box<dyn Contestant> = match name {
             Name::Hopper => Box::new(Kernels::new(name.text(), KernelChoice::Hopper, client.clone(), folder.clone())),
             Name::Mma => Box::new(Kernels::new(name.text(), KernelChoice::Mma, client.clone(), folder.clone())),
+            Name::Cmma => Box::new(Kernels::new(name.text(), KernelChoice::Cmma, client.clone(), folder.clone())),
             Name::Portable => {
                 Box::new(Kernels::new(name.text(), KernelChoice::Portable, client.clone(), folder.clone()))
             }

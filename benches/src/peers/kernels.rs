@@ -18,7 +18,7 @@ use flashover::kernels::mma::MmaTile;
 use flashover::kernels::operands::{Gradients, Operands, Wanted};
 use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::select::{Kernel, KernelChoice, Selection, select};
-use flashover::kernels::{cubecl, hopper, launch_log, mma, portable};
+use flashover::kernels::{cmma, cubecl, hopper, launch_log, mma, portable};
 
 use super::contestant::{Contestant, Pass, Spec, write_judged};
 use super::operands::{Folder, NAMES};
@@ -144,6 +144,10 @@ impl Kernels {
                 let tiles = selection.mma.expect("selected with its tiles");
                 mma::forward(client, problem, operands, plan, true, with_rest, tiles)
             }
+            Kernel::Cmma => {
+                let tiles = selection.cmma.expect("selected with its tiles");
+                cmma::forward(client, problem, operands, plan, true, tiles).map(without_rest)
+            }
             Kernel::Hopper => {
                 let tiles = selection.hopper.expect("selected with its tiles");
                 hopper::forward(client, problem, operands, plan, true, with_rest, tiles)
@@ -163,6 +167,10 @@ impl Kernels {
         let gradients = match selection.kernel {
             Kernel::Portable => {
                 portable::backward(&self.client, problem, operands, outputs, plan, wanted, selection.config)
+            }
+            Kernel::Cmma => {
+                let tiles = selection.cmma.expect("selected with its tiles");
+                cmma::backward(&self.client, problem, operands, outputs, plan, wanted, tiles)
             }
             Kernel::Mma | Kernel::Hopper => match selection.one_pass.zip(rest.clone()) {
                 Some((pass, rest)) => pass.run(&self.client, problem, operands, outputs, plan, rest),

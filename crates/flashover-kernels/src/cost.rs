@@ -1,6 +1,7 @@
 //! What each launch costs, computed on the host from the problem alone: the same launches, in the same order, with the
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
+use crate::cmma::{self, CmmaConfig, CmmaTile};
 use crate::family::launcher::SUM_UNITS;
 use crate::family::tile_shape::TileShape;
 use crate::family::turn_buffer::{LIST_STEPS, list_bytes};
@@ -19,6 +20,8 @@ pub enum Tile {
     Portable(TileConfig),
     /// Of a matrix kernel.
     Mma(MmaTile),
+    /// Of a kernel for cooperative matrices.
+    Cmma(CmmaTile),
     /// Of the matrix kernels' backward in one pass.
     MmaOnePass(OnePass),
     /// Of the Hopper forward.
@@ -32,6 +35,7 @@ impl core::fmt::Display for Tile {
         match self {
             Tile::Portable(tile) => tile.fmt(f),
             Tile::Mma(tile) => tile.fmt(f),
+            Tile::Cmma(tile) => tile.fmt(f),
             Tile::MmaOnePass(tile) => tile.fmt(f),
             Tile::Hopper(tile) => tile.fmt(f),
             Tile::HopperBackward(tile) => tile.fmt(f),
@@ -172,6 +176,13 @@ pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool, with_re
     matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse, with_rest)
 }
 
+/// Launches of [`cmma::forward`].
+pub fn cmma_forward(problem: &Problem, config: CmmaConfig, with_lse: bool) -> Vec<Cost> {
+    let tile = config.forward;
+    let (shared, units) = (tile.forward_shared_bytes(problem), tile.units());
+    matrix_forward(problem, "forward_cmma", Tile::Cmma(tile), shared, units, with_lse, false)
+}
+
 /// Launches of [`hopper::forward`], likewise; copies of operands that its copy engine cannot read are not counted.
 pub fn hopper_forward(problem: &Problem, config: HopperConfig, with_lse: bool, with_rest: bool) -> Vec<Cost> {
     let (shared, units) = (config.shared_bytes(), config.units());
@@ -191,6 +202,9 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
     costs.push(model.around(tile, "statistics_hopper", read + 2 * model.statistic, bindings, units));
     costs.extend(model.list_steps(config.shape()));
+    if config.unordered {
+        costs.push(model.around(tile, "zero_hopper", 2 * model.q, 1, hopper::ROW_UNITS));
+    }
     let (shared, units) = (config.shared_bytes(), config.units());
     costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
     costs.push(model.around(tile, "finish_hopper", 3 * model.q, 3, hopper::ROW_UNITS));
@@ -240,11 +254,49 @@ fn matrix_forward(
 /// Launches of [`mma::backward`], which takes no gradients but those of q, k and v; `with_dlse` if the loss depends on the
 /// log-sum-exp.
 pub fn mma_backward(problem: &Problem, config: MmaConfig, wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
+    let MmaConfig { queries, keys, .. } = config;
+    let owner = |kernel, tile: MmaTile, shared| Owner { kernel, tile: Tile::Mma(tile), shared, units: tile.units() };
+    let owners = [
+        owner("backward_queries_mma", queries, queries.queries_shared_bytes(problem)),
+        owner("backward_keys_mma", keys, keys.keys_shared_bytes(problem)),
+    ];
+    let of = (mma::backward_scratch_bytes(problem), mma::keys_fused(problem));
+    two_passes(problem, of, owners, wanted, with_dlse)
+}
+
+/// Launches of [`cmma::backward`], likewise.
+pub fn cmma_backward(problem: &Problem, config: CmmaConfig, wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
+    let CmmaConfig { queries, keys, .. } = config;
+    let owner = |kernel, tile: CmmaTile, shared| Owner { kernel, tile: Tile::Cmma(tile), shared, units: tile.units() };
+    let owners = [
+        owner("backward_queries_cmma", queries, queries.queries_shared_bytes(problem)),
+        owner("backward_keys_cmma", keys, keys.keys_shared_bytes(problem)),
+    ];
+    let of = (cmma::backward_scratch_bytes(problem), cmma::keys_fused(problem));
+    two_passes(problem, of, owners, wanted, with_dlse)
+}
+
+/// One of the two kernels of a backward in two passes: what it owns gives it its name.
+struct Owner {
+    kernel: &'static str,
+    tile: Tile,
+    shared: usize,
+    units: usize,
+}
+
+/// A backward of q, k and v in two passes, by the owners of queries and of keys; `fused` if the latter takes dk and dv at once.
+fn two_passes(
+    problem: &Problem,
+    (scratch_bytes, fused): (usize, bool),
+    [queries, keys]: [Owner; 2],
+    wanted: Wanted,
+    with_dlse: bool,
+) -> Vec<Cost> {
     let Wanted { q, k, v, .. } = wanted;
     if problem.is_empty() || problem.seq_kv == 0 || !(q || k || v) {
         return Vec::new();
     }
-    let model = Model::new(problem, mma::backward_scratch_bytes(problem));
+    let model = Model::new(problem, scratch_bytes);
     let mut costs = model.fill();
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
@@ -252,19 +304,17 @@ pub fn mma_backward(problem: &Problem, config: MmaConfig, wanted: Wanted, with_d
     let bytes = model.statistic + dlse + statistics;
     costs.push(model.small("row_statistics", bytes, 2 + usize::from(with_dlse), 0));
     if q || k {
-        let (tile, written) = (config.queries, if q { model.q } else { 0 } + model.statistic);
-        let (shared, bindings) = (tile.queries_shared_bytes(problem), 5 + model.bias_bound + usize::from(q));
+        let written = if q { model.q } else { 0 } + model.statistic;
         let flops = model.products(1 + 2 * u64::from(q), 1 + u64::from(q));
-        costs.push(model.mma(tile, shared, "backward_queries_mma", flops, read + written, bindings));
+        costs.push(model.owner(&queries, flops, read + written, 5 + model.bias_bound + usize::from(q)));
     }
-    for (k, v) in if mma::keys_fused(problem) { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
+    for (k, v) in if fused { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
         if k || v {
-            let (tile, written) = (config.keys, if k { model.k } else { 0 } + if v { model.v } else { 0 });
+            let written = if k { model.k } else { 0 } + if v { model.v } else { 0 };
             let unread = if k { 0 } else { model.v };
             let bindings = 4 + 2 * usize::from(k) + usize::from(v) + model.bias_bound;
             let flops = model.products(1 + u64::from(k), u64::from(k) + u64::from(v));
-            let shared = tile.keys_shared_bytes(problem);
-            costs.push(model.mma(tile, shared, "backward_keys_mma", flops, read + written - unread, bindings));
+            costs.push(model.owner(&keys, flops, read + written - unread, bindings));
         }
     }
     costs
@@ -345,17 +395,9 @@ impl<'a> Model<'a> {
         Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
     }
 
-    fn mma(
-        &self,
-        tile: MmaTile,
-        shared_bytes: usize,
-        kernel: &'static str,
-        flops: u64,
-        hbm_bytes: u64,
-        bindings: usize,
-    ) -> Cost {
-        let (units, tile) = (tile.units(), Some(Tile::Mma(tile)));
-        Cost { kernel, tile, flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes: self.scratch_bytes }
+    fn owner(&self, owner: &Owner, flops: u64, hbm_bytes: u64, bindings: usize) -> Cost {
+        let (&Owner { kernel, tile, shared: shared_bytes, units }, scratch_bytes) = (owner, self.scratch_bytes);
+        Cost { kernel, tile: Some(tile), flops, hbm_bytes, bindings, shared_bytes, units, scratch_bytes }
     }
 
     /// A kernel of a backward in one pass that is not its main one.
@@ -398,7 +440,7 @@ impl<'a> Model<'a> {
 mod tests {
     use super::*;
     use crate::mask::UNBOUNDED;
-    use crate::problem::Element;
+    use crate::problem::{Element, Precision};
 
     #[test]
     fn visible_pairs_are_those_that_the_band_allows() {
@@ -420,6 +462,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn elements_of_f32_move_twice_the_bytes() {
+        let shape = [1, 2, 300, 64];
+        let halves = Problem::new(shape, shape, shape, Element::BF16).unwrap();
+        let floats = Problem { element: Element::F32, precision: Precision::Tf32x3, ..halves.clone() };
+        let forward = |problem| mma_forward(problem, MmaConfig::of(problem).0, false, false).pop().unwrap();
+        let (halves, floats) = (forward(&halves), forward(&floats));
+        assert_eq!(halves.flops, floats.flops);
+        // Two bytes more an element of q, k, v and o.
+        assert_eq!(floats.hbm_bytes - halves.hbm_bytes, 4 * 2 * (2 * 300 * 64));
+        // Rows of 64 floats and 16 bytes: 128 queries, and twice 32 keys and values.
+        assert_eq!(floats.shared_bytes, (128 + 2 * 2 * 32) * (4 * 64 + 16));
     }
 
     #[test]

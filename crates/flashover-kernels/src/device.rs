@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use cubecl::ir::FloatKind;
-use cubecl::ir::features::{MmaConfig, Tma, TypeUsage};
+use cubecl::ir::features::{MmaConfig, Plane, Tma, TypeUsage};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::problem::Element;
+use crate::problem::{Element, Precision};
 
 /// A tensor on a device as CubeCL knows it: memory, shape and strides in elements. Any strides are read in place: 0 in
 /// expanded dimensions, swapped dimensions, slices.
@@ -127,10 +127,18 @@ pub struct DeviceLimits {
     pub ptx: bool,
     /// Element types that it multiplies in blocks of 16×8×16, summing in f32, with registers that the kernel fills itself.
     pub matrix_elements: Vec<Element>,
+    /// Whether it multiplies blocks of 16×8×8 of tf32 likewise.
+    pub matrix_tf32: bool,
     /// Element types of matrices that it loads from shared memory into such registers.
     pub matrix_loads: Vec<Element>,
     /// Whether it copies to shared memory while it computes.
     pub async_copies: bool,
+    /// Element types of which it multiplies cooperative matrices, summing in f32, and rows, columns and depth of these: 16, or 8.
+    pub cooperative: Vec<(Element, usize)>,
+    /// Units of its smallest and of its largest plane.
+    pub plane_sizes: [usize; 2],
+    /// Whether units of a plane vote and exchange values.
+    pub plane_operations: bool,
     /// Whether it is a Hopper GPU: the copy engine, and products of warpgroups (`wgmma`), which no later GPU has.
     pub wgmma: bool,
 }
@@ -151,6 +159,16 @@ impl DeviceLimits {
             let (a_type, cd_type) = (element_type(*element), element_type(Element::F32));
             features.matmul.mma.contains(&MmaConfig { a_type, b_type: a_type, cd_type, m: 16, n: 8, k: 16 })
         };
+        let (tf32, f32) = (ElemType::Float(FloatKind::TF32), element_type(Element::F32));
+        let of_tf32 = MmaConfig { a_type: tf32, b_type: tf32, cd_type: f32, m: 16, n: 8, k: 8 };
+        let cooperative = |edge: u32| {
+            elements.into_iter().filter_map(move |element| {
+                let (a_type, cd_type) = (element_type(element), element_type(Element::F32));
+                let (m, n, k) = (edge, edge, edge);
+                let has = features.matmul.cmma.contains(&MmaConfig { a_type, b_type: a_type, cd_type, m, n, k });
+                has.then_some((element, edge as usize))
+            })
+        };
         let loaded = |element: &Element| features.matmul.ldmatrix.contains(&element_type(*element));
         DeviceLimits {
             name: client.name().to_string(),
@@ -163,10 +181,21 @@ impl DeviceLimits {
             hardware: real,
             ptx: client.name() == "cuda",
             matrix_elements: elements.into_iter().filter(multiplied).collect(),
+            matrix_tf32: features.matmul.mma.contains(&of_tf32),
             matrix_loads: elements.into_iter().filter(loaded).collect(),
             async_copies: features.copy_async,
+            cooperative: cooperative(16).chain(cooperative(8)).collect(),
+            plane_sizes: [hardware.plane_size_min, hardware.plane_size_max].map(|size| size as usize),
+            plane_operations: features.plane.contains(Plane::Ops),
             wgmma: features.tma.contains(Tma::Base) && properties.identity.fingerprint == "ptx_sm90",
         }
+    }
+}
+
+impl DeviceLimits {
+    /// Rows, columns and depth of the largest cooperative matrices of an element type that sum in f32.
+    pub fn cooperative_edge(&self, element: Element) -> Option<usize> {
+        self.cooperative.iter().filter(|(of, _)| *of == element).map(|(_, edge)| *edge).max()
     }
 }
 
@@ -183,6 +212,16 @@ pub enum KernelError {
         device: String,
         /// The element type of the problem.
         found: Element,
+    },
+    /// A kernel multiplies elements of f32 at another precision only.
+    #[error("{kernel} kernel: expected f32 at precision {expected:?}, got precision {found:?}")]
+    Precision {
+        /// The kernel.
+        kernel: &'static str,
+        /// The precision that it has.
+        expected: Precision,
+        /// The problem's.
+        found: Precision,
     },
     /// A kernel needs more of something than the device has.
     #[error("{kernel} kernel: expected at most {limit} {what} on {device}, it needs {found}")]

@@ -23,6 +23,7 @@
 pub use cubecl;
 
 pub mod block_plan;
+pub mod cmma;
 pub mod cost;
 pub mod device;
 #[allow(missing_docs)] // CubeCL's macros generate public items without docs; ours have theirs. So below.

@@ -47,6 +47,20 @@ impl Element {
     }
 }
 
+/// How elements of f32 are multiplied. Sums, the softmax and the statistics are f32 whatever it is, and elements of other types
+/// are multiplied exactly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Precision {
+    /// As f32. Tensor cores cannot.
+    #[default]
+    Exact,
+    /// May be three products of tf32 on tensor cores, `big · big + big · small + small · big` of `x = big + small`, `big` being `x`
+    /// rounded to the 11 bits of tf32: off by about 2⁻²² of a product, where f32 is by 2⁻²⁴. Magnitudes above 3.4·10³⁸ overflow. What
+    /// multiplies f32 exactly anyhow goes on doing so. (Ootomo and Yokota, arXiv 2203.03341.)
+    Tf32x3,
+}
+
 /// One attention problem: `softmax(f(q·kᵀ · scale)) · v` with everything that shapes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
@@ -66,6 +80,9 @@ pub struct Problem {
     pub value_dim: usize,
     /// Element type of the tensors.
     pub element: Element,
+    /// How elements of f32 are multiplied.
+    #[serde(default)]
+    pub precision: Precision,
     /// Factor of `q·k` before anything else happens to a score.
     pub scale: f64,
     /// `c` of `c · tanh(s / c)`, applied after the scale.
@@ -90,6 +107,9 @@ pub struct Problem {
     pub learned_sinks: bool,
     /// Dropout of the probabilities.
     pub dropout: Option<Dropout>,
+    /// Whether the parts of q's gradient may be added up in any order, and its last bits differ from run to run.
+    #[serde(default)]
+    pub unordered: bool,
 }
 
 impl Problem {
@@ -115,6 +135,7 @@ impl Problem {
             head_dim: q[3],
             value_dim: v[3],
             element,
+            precision: Precision::default(),
             scale: 1.0 / (q[3].max(1) as f64).sqrt(),
             softcap: None,
             alibi: false,
@@ -126,6 +147,7 @@ impl Problem {
             key_lengths: false,
             learned_sinks: false,
             dropout: None,
+            unordered: false,
         };
         problem.validate()?;
         Ok(problem)
@@ -140,6 +162,9 @@ impl Problem {
             if found == 0 || found > MAX_HEAD_DIM {
                 return Err(ProblemError::HeadDim { what, found });
             }
+        }
+        if self.precision != Precision::Exact && self.element != Element::F32 {
+            return Err(ProblemError::Precision { precision: self.precision, found: self.element });
         }
         if !self.scale.is_finite() {
             return Err(ProblemError::Scale { found: self.scale });
@@ -235,6 +260,14 @@ pub enum ProblemError {
         what: &'static str,
         /// The size that came.
         found: usize,
+    },
+    /// A precision of f32's products, and elements of another type.
+    #[error("precision {precision:?}: expected elements of type F32, got {found:?}")]
+    Precision {
+        /// The precision.
+        precision: Precision,
+        /// The element type that came.
+        found: Element,
     },
     /// The scale is NaN or infinite.
     #[error("scale: expected a finite number, got {found}")]
@@ -343,6 +376,10 @@ mod tests {
             err.to_string(),
             "bias: expected a shape that broadcasts to [B, Hq, Sq, Skv] = [2, 4, 5, 7], got [2, 1, 5, 6]"
         );
+        let rounded = Problem { precision: Precision::Tf32x3, ..plain() };
+        rounded.validate().unwrap();
+        let err = Problem { element: Element::BF16, ..rounded }.validate().unwrap_err();
+        assert_eq!(err.to_string(), "precision Tf32x3: expected elements of type F32, got BF16");
         assert!(Problem { scale: f64::NAN, ..plain() }.validate().is_err());
         assert!(Problem { softcap: Some(0.0), ..plain() }.validate().is_err());
     }

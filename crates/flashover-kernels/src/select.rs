@@ -2,13 +2,14 @@
 
 use cubecl::prelude::*;
 
+use crate::cmma::{self, CmmaConfig};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::Outputs;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mma::{self, FEW_KEYS, MmaConfig, OnePass};
 use crate::operands::{Gradients, Operands};
 use crate::portable::{self, TileConfig};
-use crate::problem::Problem;
+use crate::problem::{Precision, Problem};
 
 /// Who chooses the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -21,6 +22,8 @@ pub enum KernelChoice {
     Portable,
     /// The family for NVIDIA's tensor cores; an error if it cannot run.
     Mma,
+    /// The family for cooperative matrices, on whichever runtime a device reports them; an error if it cannot run.
+    Cmma,
     /// The family for NVIDIA's Hopper GPUs; an error if it cannot run. Where it has no form of the backward, that is
     /// [`Mma`](Self::Mma)'s.
     Hopper,
@@ -34,6 +37,8 @@ pub enum Kernel {
     Portable,
     /// [`mma`]: the tensor cores of NVIDIA GPUs from sm80 on.
     Mma,
+    /// [`cmma`]: cooperative matrices, on Vulkan, ROCm, Metal and CUDA.
+    Cmma,
     /// [`hopper`]: the copy engine and warpgroup products of sm90; the backward where it has a form of it, else that of [`mma`].
     Hopper,
 }
@@ -43,6 +48,7 @@ impl core::fmt::Display for Kernel {
         match self {
             Kernel::Portable => f.write_str("portable"),
             Kernel::Mma => f.write_str("mma"),
+            Kernel::Cmma => f.write_str("cmma"),
             Kernel::Hopper => f.write_str("hopper"),
         }
     }
@@ -87,6 +93,8 @@ pub struct Selection {
     pub config: TileConfig,
     /// Tiles of the matrix kernels, if they are the family or take the backward of another.
     pub mma: Option<MmaConfig>,
+    /// Tiles of the kernels for cooperative matrices, if they are the family.
+    pub cmma: Option<CmmaConfig>,
     /// Tiles of the Hopper forward, if that is the family.
     pub hopper: Option<HopperConfig>,
     /// The backward in one pass, if there is one for the problem. It takes the gradients of q, k and v together; where one is
@@ -129,6 +137,7 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
     match choice {
         KernelChoice::Hopper => select_hopper(problem, limits, named).map_err(refused(Kernel::Hopper)),
         KernelChoice::Mma => select_mma(problem, limits, named).map_err(refused(Kernel::Mma)),
+        KernelChoice::Cmma => select_cmma(problem, limits, named).map_err(refused(Kernel::Cmma)),
         KernelChoice::Portable => select_portable(problem, limits, named).map_err(refused(Kernel::Portable)),
         // Of the matrix kernels' tiles of 64 keys or more nearly all would be empty.
         KernelChoice::Auto if problem.seq_kv < FEW_KEYS => {
@@ -137,12 +146,23 @@ pub fn select(problem: &Problem, limits: &DeviceLimits, choice: KernelChoice) ->
         }
         KernelChoice::Auto => {
             let mma = select_hopper(problem, limits, "a Hopper GPU, and this element type").or_else(|faster| {
-                let why = format!("the tensor cores multiply this element type; not hopper ({faster})");
+                let what = match problem.precision {
+                    Precision::Tf32x3 => "the tensor cores multiply f32 as three products of tf32",
+                    Precision::Exact => "the tensor cores multiply this element type",
+                };
+                let why = format!("{what}; not hopper ({faster})");
                 select_mma(problem, limits, &why)
             });
             mma.or_else(|faster| {
-                let why_kernel = format!("the mma kernel cannot run ({faster})");
-                select_portable(problem, limits, &why_kernel).map_err(nothing)
+                let why_kernel = format!("the device multiplies matrices of this element type; not mma ({faster})");
+                select_cmma(problem, limits, &why_kernel).or_else(|cooperative| {
+                    let mut why_kernel =
+                        format!("the mma kernel cannot run ({faster}), nor can the cmma kernel ({cooperative})");
+                    if problem.precision == Precision::Tf32x3 {
+                        why_kernel += ", and this one multiplies f32 exactly";
+                    }
+                    select_portable(problem, limits, &why_kernel).map_err(nothing)
+                })
             })
         }
     }
@@ -168,11 +188,11 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
     let (kernel, (tiles, why)) = (Kernel::Mma, MmaConfig::of(problem));
     mma::check_limits(problem, limits, tiles)?;
     let (config, _) = portable_tile(problem, limits);
-    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
-        // Their gradients are taken by the portable kernels.
-        portable::check_limits(problem, limits, config)?;
-    }
+    check_parameters(problem, limits, config)?;
     let mut reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
+    if tiles.forward.has_plain_form(problem) {
+        reason += "; the forward's plain form, where rows of keys and values are whole 16-byte pieces";
+    }
     let one_pass = match OnePass::of(problem, limits) {
         Ok((of, why)) => {
             reason += &format!("; backward: {of}: {why}");
@@ -183,7 +203,25 @@ fn select_mma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Res
             None
         }
     };
-    Ok(Selection { kernel, config, mma: Some(tiles), hopper: None, one_pass, reason })
+    Ok(Selection { kernel, config, mma: Some(tiles), cmma: None, hopper: None, one_pass, reason })
+}
+
+fn select_cmma(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
+    let (kernel, (tiles, why)) = (Kernel::Cmma, CmmaConfig::of(problem, limits));
+    cmma::check_limits(problem, limits, tiles)?;
+    let (config, _) = portable_tile(problem, limits);
+    check_parameters(problem, limits, config)?;
+    let reason = format!("{kernel}: {why_kernel}; {tiles}: {why}");
+    Ok(Selection { kernel, config, mma: None, cmma: Some(tiles), hopper: None, one_pass: None, reason })
+}
+
+/// Whether the portable kernels can take the gradients that are not the matrix kernels': of bias, slopes, sinks and a score
+/// function's parameters.
+fn check_parameters(problem: &Problem, limits: &DeviceLimits, config: TileConfig) -> Result<(), KernelError> {
+    if problem.bias.is_some() || problem.alibi || problem.learned_sinks || problem.score.is_some() {
+        portable::check_limits(problem, limits, config)?;
+    }
+    Ok(())
 }
 
 fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -> Result<Selection, KernelError> {
@@ -194,6 +232,7 @@ fn select_portable(problem: &Problem, limits: &DeviceLimits, why_kernel: &str) -
         kernel,
         config,
         mma: None,
+        cmma: None,
         hopper: None,
         one_pass: None,
         reason: format!("{kernel}: {why_kernel}; {config}: {why}"),
@@ -217,6 +256,9 @@ fn portable_tile(problem: &Problem, limits: &DeviceLimits) -> (TileConfig, &'sta
 }
 
 #[cfg(test)]
+mod cooperative_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::block_plan::{PlanShape, TileSize};
@@ -235,8 +277,12 @@ mod tests {
             hardware: true,
             ptx: false,
             matrix_elements: Vec::new(),
+            matrix_tf32: false,
             matrix_loads: Vec::new(),
             async_copies: false,
+            cooperative: Vec::new(),
+            plane_sizes: [32, 32],
+            plane_operations: true,
             wgmma: false,
         }
     }
@@ -261,8 +307,10 @@ mod tests {
             elements: vec![Element::F32, Element::F16, Element::BF16],
             ptx: true,
             matrix_elements: matrix.clone(),
+            matrix_tf32: true,
             matrix_loads: matrix,
             async_copies: true,
+            cooperative: vec![(Element::F16, 16), (Element::BF16, 16)],
             wgmma: false,
             ..limits()
         }
@@ -286,6 +334,14 @@ mod tests {
     }
 
     #[test]
+    fn the_reason_names_the_plain_forward() {
+        let reason = |problem: &Problem| select(problem, &ampere(), KernelChoice::Mma).unwrap().reason;
+        let plain = problem(300, Element::BF16);
+        assert!(reason(&plain).contains("plain form"), "{}", reason(&plain));
+        assert!(!reason(&Problem { alibi: true, ..plain }).contains("plain form"));
+    }
+
+    #[test]
     fn a_named_kernel_says_what_the_device_lacks() {
         let refused = |limits: DeviceLimits, element| {
             select(&problem(300, element), &limits, KernelChoice::Mma).unwrap_err().to_string()
@@ -301,9 +357,42 @@ mod tests {
         let error = refused(DeviceLimits { ptx: false, ..ampere() }, Element::BF16);
         assert!(error.contains("expected PTX"), "{error}");
         let error = refused(ampere(), Element::F32);
+        assert!(error.ends_with("mma kernel: expected f32 at precision Tf32x3, got precision Exact"), "{error}");
+        let error = refused(DeviceLimits { matrix_tf32: false, ..ampere() }, Element::F32);
         assert!(error.contains("element type: expected one of [F16, BF16] on cuda, got F32"), "{error}");
         let error = refused(DeviceLimits { max_shared_bytes: 48 * 1024, ..ampere() }, Element::F16);
         assert!(error.contains("bytes of shared memory"), "{error}");
+    }
+
+    #[test]
+    fn f32_goes_to_tensor_cores_where_it_may_be_three_products_of_tf32() {
+        let exact = |seq_q| problem(seq_q, Element::F32);
+        let rounded = |seq_q| Problem { precision: Precision::Tf32x3, ..exact(seq_q) };
+        for limits in [ampere(), h200()] {
+            for seq_q in [1, 300] {
+                let auto = select(&rounded(seq_q), &limits, KernelChoice::Auto).unwrap();
+                assert_eq!((auto.kernel, auto.one_pass), (Kernel::Mma, None), "{}", auto.reason);
+                assert!(auto.reason.contains("f32 as three products of tf32; not hopper ("), "{}", auto.reason);
+                assert!(auto.reason.contains("backward in two passes"), "{}", auto.reason);
+                select(&rounded(seq_q), &limits, KernelChoice::Mma).unwrap();
+                let auto = select(&exact(seq_q), &limits, KernelChoice::Auto).unwrap();
+                assert_eq!(auto.kernel, Kernel::Portable, "{}", auto.reason);
+                assert!(
+                    auto.reason.contains("expected f32 at precision Tf32x3, got precision Exact"),
+                    "{}",
+                    auto.reason
+                );
+            }
+        }
+        let error = select(&rounded(300), &h200(), KernelChoice::Hopper).unwrap_err().to_string();
+        assert!(error.contains("expected one of [F16, BF16] on cuda, got F32"), "{error}");
+        let small = DeviceLimits { max_shared_bytes: 99 * 1024, ..ampere() };
+        let auto = select(&rounded(300), &small, KernelChoice::Auto).unwrap();
+        assert!(auto.kernel == Kernel::Portable && auto.reason.contains("bytes of shared memory"), "{}", auto.reason);
+        let auto = select(&rounded(300), &limits(), KernelChoice::Auto).unwrap();
+        assert_eq!(auto.kernel, Kernel::Portable);
+        assert!(auto.reason.contains("element type: expected one of [] on test, got F32"), "{}", auto.reason);
+        assert!(auto.reason.contains("this one multiplies f32 exactly"), "{}", auto.reason);
     }
 
     #[test]
@@ -335,7 +424,7 @@ mod tests {
             for selection in [Ok(chosen), by_name].into_iter().flatten() {
                 let backward = matches!(selection.one_pass, Some(OnePassBackward::Hopper(_)));
                 let hopper = (selection.hopper.is_some(), backward);
-                assert_eq!(hopper, (named, named && d.max(dv) <= 128), "{d}, {dv}");
+                assert_eq!(hopper, (named, named), "{d}, {dv}");
             }
         }
         let error = |problem: &Problem, limits: &DeviceLimits| {
@@ -405,14 +494,16 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_that_no_tile_divides_goes_to_the_portable_kernels() {
+    fn a_plan_that_no_tile_divides_goes_to_another_family() {
         let plan =
             |bq, bk| PlanShape { tile: TileSize { bq, bk }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
         let planned = |bq, bk| Problem { plan: Some(plan(bq, bk)), ..problem(300, Element::BF16) };
-        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Portable)] {
+        for (bq, bk, kernel) in [(128, 128, Kernel::Mma), (64, 64, Kernel::Mma), (64, 32, Kernel::Cmma)] {
             let auto = select(&planned(bq, bk), &ampere(), KernelChoice::Auto).unwrap();
             assert_eq!(auto.kernel, kernel, "{bq}x{bk}: {}", auto.reason);
         }
+        let without = DeviceLimits { cooperative: Vec::new(), ..ampere() };
+        assert_eq!(select(&planned(64, 32), &without, KernelChoice::Auto).unwrap().kernel, Kernel::Portable);
         let error = select(&planned(64, 32), &ampere(), KernelChoice::Mma).unwrap_err();
         assert!(error.to_string().contains("plan: expected tiles of a multiple of [64, 64]"), "{error}");
     }

@@ -159,7 +159,7 @@ impl Tensors {
         if let Some(dropout) = p.dropout {
             options = options.dropout(dropout.probability, dropout.seed);
         }
-        options
+        options.deterministic(!p.unordered)
     }
 }
 

@@ -17,6 +17,9 @@ pub const MAX_LENGTH: usize = 200;
 /// Both lengths of every other problem are at least this: three tiles of 64 a side.
 pub const LONG: usize = 192;
 
+/// Most queries where they are few: more than half of a tile of 128.
+pub const FEW: usize = 70;
+
 /// Largest head dimension of a random problem.
 pub const MAX_DIM: usize = 96;
 
@@ -29,11 +32,13 @@ pub struct Sizes {
     pub long: usize,
     /// Head and value dimension; any up to [`MAX_DIM`] if `None`.
     pub dims: Option<(usize, usize)>,
+    /// Whether there are at most [`FEW`] queries, of up to 12 heads that share a key head, as where a model decodes.
+    pub few_queries: bool,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Sizes { longest: MAX_LENGTH, long: LONG, dims: None }
+        Sizes { longest: MAX_LENGTH, long: LONG, dims: None, few_queries: false }
     }
 }
 
@@ -76,7 +81,7 @@ fn problems_of(element: Element, sizes: Sizes) -> impl Strategy<Value = Problem>
 }
 
 fn shapes(element: Element, sizes: Sizes) -> impl Strategy<Value = Problem> {
-    let Sizes { longest, long, dims } = sizes;
+    let Sizes { longest, long, dims, few_queries } = sizes;
     let lengths = |range: RangeInclusive<usize>| {
         let equal = range.clone().prop_map(|length| (length, length));
         prop_oneof![3 => (range.clone(), range), 1 => equal]
@@ -85,9 +90,13 @@ fn shapes(element: Element, sizes: Sizes) -> impl Strategy<Value = Problem> {
         Some(dims) => Just(dims).boxed(),
         None => prop_oneof![(1..=MAX_DIM, 1..=MAX_DIM), (1..=MAX_DIM).prop_map(|dim| (dim, dim))].boxed(),
     };
-    let heads = prop_oneof![Just((1, 1)), Just((2, 2)), Just((2, 1)), Just((4, 2))];
+    let heads = match few_queries {
+        false => prop_oneof![Just((1, 1)), Just((2, 2)), Just((2, 1)), Just((4, 2))].boxed(),
+        true => prop_oneof![Just((4, 2)), Just((3, 1)), Just((8, 1)), Just((10, 2)), Just((12, 1))].boxed(),
+    };
     (1..=2usize, heads, prop_oneof![lengths(0..=longest), lengths(long..=longest)], dims).prop_map(
         move |(batch, (heads_q, heads_kv), (seq_q, seq_kv), (head_dim, value_dim))| {
+            let seq_q = if few_queries { seq_q % (FEW + 1) } else { seq_q };
             let q = [batch, heads_q, seq_q, head_dim];
             let k = [batch, heads_kv, seq_kv, head_dim];
             Problem::new(q, k, [batch, heads_kv, seq_kv, value_dim], element).expect("random shapes are sound")
@@ -215,6 +224,7 @@ impl PairCoverage {
 
 #[cfg(test)]
 mod tests {
+    use flashover_kernels::hopper::HopperConfig;
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
 
@@ -232,6 +242,18 @@ mod tests {
             assert!(
                 problem.seq_q.max(problem.seq_kv) <= MAX_LENGTH && problem.head_dim.max(problem.value_dim) <= MAX_DIM
             );
+        }
+    }
+
+    #[test]
+    fn heads_of_few_queries_share_tiles_of_the_hopper_forward() {
+        let sizes = Sizes { dims: Some((64, 64)), few_queries: true, ..Sizes::default() };
+        let mut runner = TestRunner::deterministic();
+        let mut draw = || cases_of(Element::BF16, sizes).new_tree(&mut runner).unwrap().current().problem;
+        let packed: Vec<usize> = (0..1000).map(|_| HopperConfig::of(&draw()).0.packed).collect();
+        for heads in [2, 3, 4, 5, 8, 12] {
+            let met = packed.iter().filter(|&&packed| packed == heads).count();
+            assert!(met >= 30, "{heads} heads of a tile: {met} of 1000");
         }
     }
 

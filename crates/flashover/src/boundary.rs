@@ -37,9 +37,11 @@ impl Prepared {
         if let Some(scale) = options.scale {
             problem.scale = scale;
         }
+        problem.precision = options.precision;
         problem.softcap = options.softcap;
         problem.band = options.checked_band()?;
         problem.dropout = options.dropout.filter(|dropout| dropout.probability != 0.0);
+        problem.unordered = options.unordered;
         if let Some(bias) = &options.bias {
             same_device(&device, "bias", &bias.device())?;
             same_dtype(&q, "bias", bias)?;

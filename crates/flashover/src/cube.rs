@@ -7,7 +7,8 @@ use burn_cubecl::kernel::{into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
-use flashover_kernels::device::DeviceTensor;
+use flashover_kernels::cmma::{self, CmmaConfig};
+use flashover_kernels::device::{DeviceTensor, KernelError};
 use flashover_kernels::family::Outputs;
 use flashover_kernels::hopper;
 use flashover_kernels::mma::{self, MmaConfig};
@@ -70,22 +71,25 @@ impl AttentionBackend for CubeBackend {
         };
         let portable =
             |wanted| portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config);
+        // The other families take no gradients but those of q, k and v.
+        let with_parameters = |of: Result<Gradients<DeviceTensor>, KernelError>| {
+            of.and_then(|of| match wanted.parameters() {
+                rest if rest.is_empty() => Ok(of),
+                rest => Ok(Gradients { q: of.q, k: of.k, v: of.v, ..portable(rest)? }),
+            })
+        };
         let gradients = match selection.kernel {
             Kernel::Portable => portable(wanted),
-            Kernel::Mma | Kernel::Hopper => {
-                let of = match in_one_pass {
-                    Some((pass, rest)) => {
-                        pass.run(&place.client, problem, &operands, &outputs, blocks, on_device(rest))
-                    }
-                    None => {
-                        let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));
-                        mma::backward(&place.client, problem, &operands, &outputs, blocks, wanted, tiles)
-                    }
-                };
-                of.and_then(|of| match wanted.parameters() {
-                    rest if rest.is_empty() => Ok(of),
-                    rest => Ok(Gradients { q: of.q, k: of.k, v: of.v, ..portable(rest)? }),
-                })
+            Kernel::Mma | Kernel::Hopper => with_parameters(match in_one_pass {
+                Some((pass, rest)) => pass.run(&place.client, problem, &operands, &outputs, blocks, on_device(rest)),
+                None => {
+                    let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));
+                    mma::backward(&place.client, problem, &operands, &outputs, blocks, wanted, tiles)
+                }
+            }),
+            Kernel::Cmma => {
+                let (of, tiles) = (wanted.operands(), cooperative_tiles(selection));
+                with_parameters(cmma::backward(&place.client, problem, &operands, &outputs, blocks, of, tiles))
             }
             other => unreachable!("the boundary selects no {other} kernel"),
         };
@@ -129,6 +133,10 @@ fn forward(
         Kernel::Mma => {
             mma::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, matrix_tiles(selection))
         }
+        Kernel::Cmma => {
+            let tiles = cooperative_tiles(selection);
+            cmma::forward(&place.client, problem, &operands, blocks, with_lse, tiles).map(without_rest)
+        }
         Kernel::Hopper => {
             let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");
             hopper::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, tiles)
@@ -148,7 +156,11 @@ fn matrix_tiles(selection: &Selection) -> MmaConfig {
     selection.mma.expect("the matrix kernels are selected with their tiles")
 }
 
-fn refused(error: &flashover_kernels::device::KernelError) -> ! {
+fn cooperative_tiles(selection: &Selection) -> CmmaConfig {
+    selection.cmma.expect("the kernels for cooperative matrices are selected with their tiles")
+}
+
+fn refused(error: &KernelError) -> ! {
     panic!("flashover: a call that passed the boundary was refused by its kernel: {error}")
 }
 

@@ -18,7 +18,7 @@ use crate::{AttentionError, AttentionOptions};
 pub struct Explanation {
     /// The device, as Burn names it.
     pub device: String,
-    /// The kernel family: `flex`, `portable`, `mma`, `hopper`, or `composition`.
+    /// The kernel family: `flex`, `portable`, `cmma`, `mma`, `hopper`, or `composition`.
     pub kernel: String,
     /// Why this family and configuration, in a sentence.
     pub reason: String,
@@ -104,27 +104,28 @@ pub fn explain(
         };
         answer.kernel = selection.kernel.to_string();
         answer.reason = selection.reason.clone();
-        let forward = match (selection.hopper, selection.mma) {
-            (Some(tiles), _) => cost::hopper_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
-            (None, Some(tiles)) => cost::mma_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
-            (None, None) => cost::portable_forward(problem, selection.config, tracked),
+        let forward = match (selection.hopper, selection.mma, selection.cmma) {
+            (Some(tiles), ..) => cost::hopper_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
+            (None, Some(tiles), _) => cost::mma_forward(problem, tiles, tracked, tracked && plan.keeps_rest()),
+            (None, None, Some(tiles)) => cost::cmma_forward(problem, tiles, tracked),
+            (None, None, None) => cost::portable_forward(problem, selection.config, tracked),
         };
         answer.forward = forward.into_iter().map(step).collect();
         if tracked {
-            let backward = match selection.mma {
-                Some(tiles) => {
-                    let mut costs = match selection.one_pass.filter(|_| wanted.operands_together()) {
-                        Some(OnePassBackward::Hopper(tiles)) => cost::hopper_backward(problem, tiles, false),
-                        Some(OnePassBackward::Mma(of)) => cost::mma_one_pass(problem, of, false),
-                        Some(other) => unreachable!("the boundary selects no {other:?}"),
-                        None => cost::mma_backward(problem, tiles, wanted, false),
-                    };
-                    let rest = wanted.parameters();
-                    costs.extend(cost::portable_backward(problem, selection.config, rest, false));
-                    costs
-                }
-                None => cost::portable_backward(problem, selection.config, wanted, false),
+            let of = match (selection.mma, selection.cmma) {
+                (Some(tiles), _) => Some(match selection.one_pass.filter(|_| wanted.operands_together()) {
+                    Some(OnePassBackward::Hopper(tiles)) => cost::hopper_backward(problem, tiles, false),
+                    Some(OnePassBackward::Mma(of)) => cost::mma_one_pass(problem, of, false),
+                    Some(other) => unreachable!("the boundary selects no {other:?}"),
+                    None => cost::mma_backward(problem, tiles, wanted, false),
+                }),
+                (None, Some(tiles)) => Some(cost::cmma_backward(problem, tiles, wanted, false)),
+                (None, None) => None,
             };
+            // What is not the matrix kernels' is the portable ones'.
+            let rest = if of.is_some() { wanted.parameters() } else { wanted };
+            let mut backward = of.unwrap_or_default();
+            backward.extend(cost::portable_backward(problem, selection.config, rest, false));
             answer.backward = backward.into_iter().map(step).collect();
         }
     }

@@ -26,6 +26,7 @@ pub use backend::{AttentionBackend, Extras, InputGradients, MaybeBool, MaybeFloa
 pub use error::AttentionError;
 pub use explain::{Explanation, Step, explain};
 pub use flashover_kernels as kernels;
+pub use flashover_kernels::problem::Precision;
 pub use options::AttentionOptions;
 pub use sparse::SparsePlan;
 pub use top_k::TopK;

@@ -3,7 +3,7 @@
 use burn::tensor::{Bool, Int, Tensor};
 use flashover_kernels::dropout::Dropout;
 use flashover_kernels::mask::{Band, Mask, MaskError, UNBOUNDED};
-use flashover_kernels::problem::ProblemError;
+use flashover_kernels::problem::{Precision, ProblemError};
 use flashover_kernels::score::{ScoreCode, ScoreFunction};
 use flashover_kernels::select::KernelChoice;
 
@@ -34,7 +34,9 @@ pub struct AttentionOptions {
     pub(crate) score_function: Option<(ScoreCode, Tensor<1>)>,
     pub(crate) plan: Option<SparsePlan>,
     pub(crate) another_mask: Option<MaskError>,
+    pub(crate) precision: Precision,
     pub(crate) kernel: KernelChoice,
+    pub(crate) unordered: bool,
 }
 
 impl AttentionOptions {
@@ -199,6 +201,31 @@ impl AttentionOptions {
         self
     }
 
+    /// How elements of f32 are multiplied; [`Precision::Exact`] unless given, and nothing else is taken for tensors of another
+    /// type. With [`Precision::Tf32x3`] tensor cores take f32 as well, three products of tf32 for each, with errors close to f32's. It is a
+    /// permission: the CPU, the portable kernels and a composition of the backend's operations multiply as they always do, and
+    /// [`explain`](crate::explain()) says what runs. The gradients of bias, slopes, sinks and a score function's parameters are taken
+    /// exactly everywhere.
+    ///
+    /// ```
+    /// use burn::tensor::{DType, Device, Tensor};
+    /// use flashover::{AttentionOptions, Precision, attention};
+    ///
+    /// let device = Device::flex();
+    /// let options = AttentionOptions::new().precision(Precision::Tf32x3);
+    /// let q = Tensor::<4>::zeros([1, 2, 64, 64], &device);
+    /// attention(q.clone(), q.clone(), q, &options)?;
+    ///
+    /// let q = Tensor::<4>::zeros([1, 2, 64, 64], (&device, DType::F16));
+    /// let error = attention(q.clone(), q.clone(), q, &options).unwrap_err();
+    /// assert_eq!(error.to_string(), "precision Tf32x3: expected elements of type F32, got F16");
+    /// # Ok::<(), flashover::AttentionError>(())
+    /// ```
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
     /// Asks for a kernel by name; [`KernelChoice::Auto`] unless given. The call is refused where that kernel cannot run: it
     /// never falls back to another. Names are those of the CubeCL kernels; on the CPU and where attention is composed of the
     /// backend's operations there is nothing to choose, and every name is refused.
@@ -215,6 +242,18 @@ impl AttentionOptions {
     /// ```
     pub fn kernel(mut self, choice: KernelChoice) -> Self {
         self.kernel = choice;
+        self
+    }
+
+    /// Whether gradients have the same bits in every run; `true` unless given. `false` lets the gradient of `q` differ in its last bits
+    /// from run to run, where that is faster: the backward of [`KernelChoice::Hopper`] then adds up its parts in any order. All
+    /// others always add in order.
+    ///
+    /// ```
+    /// let fastest = flashover::AttentionOptions::new().causal().deterministic(false);
+    /// ```
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.unordered = !deterministic;
         self
     }
 

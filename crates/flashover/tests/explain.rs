@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::launch_log;
 use flashover::kernels::mask::Mask;
-use flashover::{AttentionOptions, SparsePlan, attention, explain};
+use flashover::{AttentionOptions, Precision, SparsePlan, attention, explain};
 use flashover_testing::score::Buckets;
 
 #[path = "all/devices.rs"]
@@ -36,15 +36,26 @@ fn holds(device: &Device, dtype: DType, options: fn(&Device, DType) -> Attention
     let backward = launches(&|| drop(o.clone().sum().backward()));
     assert!(!backward.is_empty() && backward == expected(&answer.backward), "{backward:#?}\n{answer:#?}");
     for launch in forward.iter().chain(&backward) {
-        // What every WebGPU device grants; the matrix kernels never run there.
+        // What every WebGPU device grants; the matrix kernels do not run where there is no more.
         let granted = launch.bindings <= 7 && launch.shared_bytes <= 16 * 1024 && launch.units <= 256;
-        assert!(granted || ["_mma", "_hopper"].iter().any(|family| launch.kernel.ends_with(family)), "{launch:?}");
+        assert!(
+            granted || ["_mma", "_cmma", "_hopper"].iter().any(|family| launch.kernel.ends_with(family)),
+            "{launch:?}"
+        );
     }
     assert!(answer.to_string().contains(&answer.reason));
 }
 
 fn plain(_: &Device, _: DType) -> AttentionOptions {
     AttentionOptions::new().causal()
+}
+
+fn unordered(_: &Device, _: DType) -> AttentionOptions {
+    AttentionOptions::new().deterministic(false)
+}
+
+fn rounded(_: &Device, _: DType) -> AttentionOptions {
+    AttentionOptions::new().causal().precision(Precision::Tf32x3)
 }
 
 fn everything(device: &Device, dtype: DType) -> AttentionOptions {
@@ -72,14 +83,17 @@ fn planned(device: &Device, dtype: DType) -> AttentionOptions {
 fn explain_holds_against_the_launch_log() {
     let holds_on = |device: &Device, dtype: DType| {
         holds(device, dtype, plain);
+        holds(device, dtype, unordered);
         holds(device, dtype, everything);
         holds(device, dtype, with_function);
         holds(device, dtype, planned);
     };
     holds_on(&devices::flex(), DType::F32);
     holds_on(&devices::flex(), DType::F16);
+    holds(&devices::flex(), DType::F32, rounded);
     let Some(device) = devices::gpu() else { return devices::skip("explain", "this build has no GPU backend") };
     holds_on(&device, DType::F32);
+    holds(&device, DType::F32, rounded);
     if device.supports_dtype(DType::F16) {
         holds_on(&device, DType::F16);
     } else {

@@ -116,8 +116,10 @@ pub(crate) fn sees(i: u32, j: u32, step: Step, at: Head, scratch: &[u32], n: Num
         seen = (word >> (bit % 32u32)) & 1u32 == 1u32;
     }
     if seen && step.bits != 0 {
-        let word = bit_word(0u32, step.row_words, i - step.i0, j - step.j0);
-        seen = bit_is_set(scratch[step.bits + word as usize], j - step.j0);
+        // From the word on that the tile starts in: one of fewer than 32 keys may start within it.
+        let c = j - step.j0 / 32u32 * 32u32;
+        let word = bit_word(0u32, step.row_words, i - step.i0, c);
+        seen = bit_is_set(scratch[step.bits + word as usize], c);
     }
     seen
 }

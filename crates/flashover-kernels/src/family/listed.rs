@@ -32,7 +32,7 @@ pub(crate) struct Lists {
     pub each: u32,
 }
 
-/// Writes the lists, a cube for each key tile of the plan's heads in each batch element.
+/// Writes the lists, a cube for each key tile of the plan's heads in each batch element; turns are 0 unless `ordered`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn list_steps_kernel<E: Float>(
     scratch: &[u32],
@@ -40,6 +40,7 @@ pub(crate) fn list_steps_kernel<E: Float>(
     n: Numbers,
     lists: Lists,
     #[comptime] with_bias: bool,
+    #[comptime] ordered: bool,
     #[comptime] tile: TileShape,
     #[define(E)] _dtype: ElemType,
 ) {
@@ -60,7 +61,7 @@ pub(crate) fn list_steps_kernel<E: Float>(
         }
         let mut e = UNIT_POS;
         while e < column.candidates {
-            let listed = listed_step(e, column, j0, at, scratch, n, with_bias, tile);
+            let listed = listed_step(e, column, j0, at, scratch, n, with_bias, ordered, tile);
             if listed.exists {
                 let mut line = Vector::<u32, Const<4>>::new(0u32);
                 line.insert(0usize, listed.i0);
@@ -114,7 +115,7 @@ struct Listed {
     turn_and_full: u32,
 }
 
-/// Query tile `e` of those that the plan lists, Full ones first.
+/// Query tile `e` of those that the plan lists, Full ones first. Without order there are no turns.
 #[cube]
 fn listed_step(
     e: u32,
@@ -124,6 +125,7 @@ fn listed_step(
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] ordered: bool,
     #[comptime] tile: TileShape,
 ) -> Listed {
     let lists = column.lists;
@@ -148,8 +150,12 @@ fn listed_step(
         }
         index = below * lists.per + part - column.before;
         let full = bits == 0 && tile_is_full(i0, tile.cols, j0, tile.rows, at.keys, n, with_bias);
-        let turn = keys_after(j0 / comptime!(tile.rows as u32), i0, at, scratch, n, comptime!(tile.turned()));
-        turn_and_full = 2 * turn + select(full, 1u32, 0u32);
+        if comptime!(ordered) {
+            let turn = keys_after(j0 / comptime!(tile.rows as u32), i0, at, scratch, n, comptime!(tile.turned()));
+            turn_and_full = 2 * turn + select(full, 1u32, 0u32);
+        } else {
+            turn_and_full = select(full, 1u32, 0u32);
+        }
     }
     Listed { exists, index, i0, bits, turn_and_full }
 }
@@ -379,7 +385,7 @@ pub mod tests {
         let column = column(j0, at, scratch, n, OF_KEYS);
         let mut tiles = vec![None; column.steps as usize];
         for e in 0..column.candidates {
-            let step = listed_step(e, column, j0, at, scratch, n, false, OF_KEYS);
+            let step = listed_step(e, column, j0, at, scratch, n, false, true, OF_KEYS);
             if step.exists {
                 let from_plan = step.bits == 0;
                 assert_eq!(from_plan, full.contains(&(step.i0 / tile.bq)), "column {j}, queries from {}", step.i0);

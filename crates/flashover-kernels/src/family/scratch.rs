@@ -1,8 +1,9 @@
 //! The scratch buffer: everything a kernel reads besides its large operands, in one binding of 32-bit words.
 //!
 //! WebGPU guarantees 8 storage buffers and CubeCL takes one, so the row statistics, the per-head numbers and the packed
-//! mask share a buffer, which small kernels fill on the device. Floats are stored by their bits. Word 0 is nobody's, so
-//! that an offset of 0 says that a section is absent.
+//! mask share a buffer, which small kernels fill on the device. Floats are stored by their bits. Word 0 is in no section, so
+//! that an offset of 0 says that one is absent; where a section is copied, so where there is a plan, it starts as 0, and a kernel may
+//! count with it.
 
 use cubecl::prelude::*;
 
@@ -155,11 +156,14 @@ pub(crate) fn build(
     scratch
 }
 
-/// `scratch[at + x] = source[x]`, bits as they are, for any 4-byte element type.
+/// `scratch[at + x] = source[x]`, bits as they are, for any 4-byte element type, and `scratch[0] = 0`.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn copy_words(source: &Tensor<u32>, scratch: &mut [u32], at: usize, len: u32) {
     if ABSOLUTE_POS < len as usize {
         scratch[at + ABSOLUTE_POS] = source[ABSOLUTE_POS * source.stride(0)];
+    }
+    if ABSOLUTE_POS == 0 {
+        scratch[0] = 0u32;
     }
 }
 

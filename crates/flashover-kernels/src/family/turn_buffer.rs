@@ -38,7 +38,7 @@ impl TurnBuffer {
         ListsLaunch::new(self.at as u32, self.each as u32)
     }
 
-    /// Lists the steps of every key tile, if the problem has a plan.
+    /// Lists the steps of every key tile, if the problem has a plan; with turns, if they are `ordered`.
     pub fn list_steps(
         &self,
         launcher: &Launcher,
@@ -47,6 +47,7 @@ impl TurnBuffer {
         layout: &Layout,
         elem: ElemType,
         tile: TileShape,
+        ordered: bool,
     ) {
         let Some(plan) = problem.plan else { return };
         let (bindings, address) = binding_facts([scratch, &self.words].into_iter());
@@ -65,6 +66,7 @@ impl TurnBuffer {
                 numbers(problem, layout),
                 self.lists(),
                 problem.bias.is_some(),
+                ordered,
                 tile,
                 elem,
             );

@@ -85,11 +85,13 @@ pub(crate) fn work_of(
     work
 }
 
-/// [`work_of`] for queries, without a plan in sections of `section` heads: all last tiles of a section, then all before
-/// them, so that those that run at one time are about as long, and their keys and values few enough for a cache.
+/// [`work_of`] for queries of `heads_q` heads a batch element, without a plan in sections of `section` heads: all last tiles of a
+/// section, then all before them, so that those that run at one time are about as long, and their keys and values few
+/// enough for a cache.
 #[cube]
 pub(crate) fn sectioned_work(
     cube: usize,
+    heads_q: u32,
     section: u32,
     scratch: &[u32],
     n: Numbers,
@@ -97,12 +99,12 @@ pub(crate) fn sectioned_work(
 ) -> Work {
     let mut work = Work { head: 0u32, tile: 0u32, exists: false };
     if n.plan_at != 0 {
-        let found = work_of(cube, n.heads_q, n.seq_q, scratch, n, Side::Queries, tile);
+        let found = work_of(cube, heads_q, n.seq_q, scratch, n, Side::Queries, tile);
         work.head = found.head;
         work.tile = found.tile;
         work.exists = found.exists;
     } else {
-        let (cube, heads) = (cube as u32, n.batch * n.heads_q);
+        let (cube, heads) = (cube as u32, n.batch * heads_q);
         let tiles = n.seq_q.div_ceil(comptime!(tile.rows as u32));
         let first = cube / (section * tiles) * section;
         let (wide, rest) = (min(section, heads - first), cube % (section * tiles));
@@ -141,7 +143,7 @@ pub(crate) struct Step {
     pub full: bool,
     /// Position and key lengths hide all of it.
     pub empty: bool,
-    /// Where the plan's bits of the tile start in the scratch buffer; 0 where it hides nothing.
+    /// The word of the scratch buffer that the plan's bits of the tile start in; 0 where it hides nothing.
     pub bits: usize,
     pub row_words: u32,
 }
@@ -229,13 +231,13 @@ pub(crate) fn key_step(
         let (word, part) = (n.plan_at + block as usize, t % walk.per);
         j = scratch[word] * walk.per + part;
         if block >= walk.partial {
-            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols as u32 / 32)) as usize;
+            bits = n.plan_at + (scratch[word + 1] + walk.own + part * comptime!(tile.cols as u32) / 32u32) as usize;
         }
     }
     step(i0, tile.rows, j * comptime!(tile.cols as u32), tile.cols, bits, walk.row_words, at, n, with_bias)
 }
 
-/// Tile `t` of [`key_walk`] where there is no plan.
+/// Tile `t` of [`key_walk`] where there is no plan. With `past_end` it may be full though it has rows past the end, as in a plan.
 #[cube]
 pub(crate) fn band_step(
     walk: Walk,
@@ -244,10 +246,11 @@ pub(crate) fn band_step(
     at: Head,
     n: Numbers,
     #[comptime] with_bias: bool,
+    #[comptime] past_end: bool,
     #[comptime] tile: TileShape,
 ) -> Step {
     let j0 = select(t < walk.sink_tiles, t, t - walk.sink_tiles + walk.first) * comptime!(tile.cols as u32);
-    let full = tile_is_full(i0, tile.rows, j0, tile.cols, at.keys, n, with_bias);
+    let full = rows_are_full(i0, tile.rows, j0, tile.cols, at.keys, n, with_bias, past_end);
     Step { i0, j0, full, empty: false, bits: 0usize, row_words: 0u32 }
 }
 
@@ -437,8 +440,24 @@ pub(super) fn tile_is_full(
     n: Numbers,
     #[comptime] with_bias: bool,
 ) -> bool {
+    rows_are_full(i0, bq, j0, bk, keys, n, with_bias, false)
+}
+
+/// [`tile_is_full`], or, with `past_end`, whether each of the queries that exist sees each key.
+#[cube]
+fn rows_are_full(
+    i0: u32,
+    #[comptime] bq: usize,
+    j0: u32,
+    #[comptime] bk: usize,
+    keys: i32,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] past_end: bool,
+) -> bool {
     let j1 = j0 as i32 + comptime!(bk as i32 - 1);
-    let i1 = i0 + comptime!(bq as u32 - 1);
+    let last = i0 + comptime!(bq as u32 - 1);
+    let i1 = if comptime!(past_end) { min(last, n.seq_q - 1) } else { last };
     let mut full = i1 < n.seq_q && j1 < keys && n.mask_at == 0;
     // A bias may hide by −∞.
     if with_bias {

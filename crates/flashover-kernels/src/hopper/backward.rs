@@ -3,7 +3,8 @@
 //! FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2, in the form of FlashAttention-3 (Shah et al., arXiv 2407.08608),
 //! Appendix B: a cube owns a tile of keys, one unit copies tiles of queries, two warpgroups multiply, another unit adds what
 //! they have for dq to f32 in global memory. Tiles lie transposed, rows are keys, so that `pᵀ` and `dsᵀ` go from the
-//! sums of one product into the operands of the next in registers; `ds` also goes through shared memory for dq.
+//! sums of one product into the operands of the next in registers; `ds` also goes through shared memory for dq. Of head
+//! dimensions above 128 [another form](super::backward_wide) shares all but what the two warpgroups do.
 //!
 //! ```text
 //! sᵀ = k · qᵀ    pᵀ = exp(sᵀ − lse)    dpᵀ = v · doᵀ    dsᵀ = pᵀ ∘ (dpᵀ − delta)
@@ -13,7 +14,7 @@
 //! **dq has the same bits in every run.** The cubes of a head take turns at a query tile, the last key tile first: with
 //! a window or causal order it starts at the last queries, so they come by in that order; without, they follow each other
 //! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
-//! started. The first to come writes, the others add: nothing is zeroed before.
+//! started. The first to come writes, the others add: nothing is zeroed before. Unordered, they add to zeros as they come.
 //!
 //! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
 //! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
@@ -21,11 +22,12 @@
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, add_up, copy_tiles};
+use super::backward_copies::{Barriers, add_pieces, add_up, copy_tiles};
 use super::backward_messages::{LINE, LINES, told_step};
 use super::backward_scores::{
     KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, weigh,
 };
+use super::backward_wide::consume;
 use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
@@ -77,15 +79,15 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     #[define(NQ)] _nq: usize,
     #[define(NP)] _np: usize,
 ) {
-    let stages = comptime!(cfg.stages());
+    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
     let [k_len, v_len, q_len, do_len] = comptime!(cfg.elements());
     let mut sk: Shared<[E]> = Shared::new_aligned_slice(k_len, 1024usize);
     let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len, 1024usize);
     let mut sq: Shared<[E]> = Shared::new_aligned_slice(q_len * stages, 1024usize);
-    let mut sdo: Shared<[E]> = Shared::new_aligned_slice(do_len * stages, 1024usize);
-    let sds: Shared<[E]> = Shared::new_aligned_slice(comptime!(2 * cfg.score_elements()), 1024usize);
+    let mut sdo: Shared<[E]> = Shared::new_aligned_slice(do_len * do_stages, 1024usize);
+    let sds: Shared<[E]> = Shared::new_aligned_slice(comptime!(cfg.score_buffers() * cfg.score_elements()), 1024usize);
     let mut sdq: Shared<[Vector<f32, Const<4>>]> =
-        Shared::new_aligned_slice(comptime!(cfg.dq_elements() / 4), 1024usize);
+        Shared::new_aligned_slice(comptime!(cfg.written_floats() / 4), 1024usize);
     let rows: Shared<[Vector<f32, Const<2>>]> =
         Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.statistics() * cfg.bq / 2), 1024usize);
     let mut own = if comptime!(cfg.listed) {
@@ -97,11 +99,11 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let all = Barriers {
         kv_full: barriers(1usize, 1u32),
         q_full: barriers(stages, 1u32),
-        do_full: barriers(stages, 1u32),
-        dq_full: barriers(2usize, WARPS),
+        do_full: barriers(do_stages, 1u32),
+        dq_full: barriers(2usize, comptime!(WARPS / cfg.dq_slots() as u32)),
         q_free: barriers(stages, WARPS),
-        do_free: barriers(stages, WARPS),
-        dq_free: barriers(1usize, 1u32),
+        do_free: barriers(do_stages, WARPS),
+        dq_free: barriers(cfg.dq_slots(), 1u32),
     };
     fence_barriers();
     let counters = global_address::<u32>(&*turns);
@@ -130,12 +132,23 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
                 lists, scratch, n, cfg,
             );
         }
-        // Two units take the steps in turns: one waits until what it added has arrived while the other adds.
+        // Two units take the steps in turns, or for large head dimensions have a warpgroup each: one waits until what it added has arrived while the other adds.
         if UNIT_POS == 32 || UNIT_POS == 64 {
             let sums = global_address::<f32>(&*dq);
             let steps = steps_of(&own, tile, cfg);
-            add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
+            if comptime!(cfg.wide()) {
+                add_pieces(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
+            } else {
+                add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
+            }
         }
+    } else if comptime!(cfg.wide()) {
+        registers_increase(registers);
+        let steps = steps_of(&own, tile, cfg);
+        consume::<E, NS, NK, NV, NQ, NP>(
+            &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, &all, tile, steps, lines, bias, scratch, dk, dv, n, factor,
+            with_bias, function, cfg,
+        );
     } else {
         registers_increase(registers);
         run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
@@ -268,14 +281,14 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         give_gradients::<NP>(ds, places.ds_write + buffer, cfg);
         fence_shared();
         named_wait(1u32, comptime!(2 * WARPGROUP as u32));
-        let dq_flying = queries_part::<NQ>(places, buffer, cfg);
+        let dq_flying = queries_part::<NQ>(places.k_turned, places.ds + buffer, cfg);
         let q_matrix = descriptor(places.q + stage * comptime!(2 * q_len as u32), comptime!(ds_piece as u32));
         let to_k = comptime!(named_value_text("dk", cfg.lanes()[4], cfg.head_dim, cfg.bq, cfg.element.name()));
         issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
         let dq_lanes = comptime!(cfg.lanes()[3]);
         let part = wait_products::<NQ>(dq_flying, comptime!(wait_text(dq_lanes, cfg.dq_columns(), 1)).as_str());
         barrier_arrive(address_at(&gates.do_free, stage, stages), leader);
-        barrier_wait(gates.dq_free, dq_parity);
+        barrier_wait(gates.dq_free[0], dq_parity);
         dq_parity ^= 1u32;
         give_queries::<NQ>(part, places.line, sdq, cfg);
         fence_shared();
@@ -293,7 +306,7 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
 
 /// Step `t` and its query head: of head `h` counted in it, or under a plan of all as the copying unit tells.
 #[cube]
-fn step_at(
+pub(crate) fn step_at(
     tile: KeyTile,
     t: u32,
     h: u32,
@@ -312,7 +325,7 @@ fn step_at(
 
 /// Writes ds to shared memory, a row a query.
 #[cube]
-fn give_gradients<P: Size>(ds: Vector<u32, P>, to: u32, #[comptime] cfg: HopperBackwardConfig) {
+pub(crate) fn give_gradients<P: Size>(ds: Vector<u32, P>, to: u32, #[comptime] cfg: HopperBackwardConfig) {
     #[unroll]
     for x in 0..comptime!(cfg.bq / 16) {
         store_transposed(
@@ -328,7 +341,7 @@ fn give_gradients<P: Size>(ds: Vector<u32, P>, to: u32, #[comptime] cfg: HopperB
 
 /// Writes a thread's part of dq to shared memory, four floats at a time.
 #[cube]
-fn give_queries<N: Size>(
+pub(crate) fn give_queries<N: Size>(
     part: Accumulator<N>,
     line: u32,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
@@ -347,48 +360,48 @@ fn give_queries<N: Size>(
 
 /// Addresses of the barriers that consumers use.
 #[derive(CubeType)]
-struct Gates {
-    kv_full: u32,
-    q_full: Sequence<u32>,
-    do_full: Sequence<u32>,
-    dq_full: Sequence<u32>,
-    q_free: Sequence<u32>,
-    do_free: Sequence<u32>,
-    dq_free: u32,
+pub(crate) struct Gates {
+    pub kv_full: u32,
+    pub q_full: Sequence<u32>,
+    pub do_full: Sequence<u32>,
+    pub dq_full: Sequence<u32>,
+    pub q_free: Sequence<u32>,
+    pub do_free: Sequence<u32>,
+    pub dq_free: Sequence<u32>,
 }
 
 #[cube]
-fn gates(all: &Barriers, #[comptime] cfg: HopperBackwardConfig) -> Gates {
+pub(crate) fn gates(all: &Barriers, #[comptime] cfg: HopperBackwardConfig) -> Gates {
     Gates {
         kv_full: barrier_address(&all.kv_full[0]),
         q_full: addresses(&all.q_full, cfg.stages()),
-        do_full: addresses(&all.do_full, cfg.stages()),
+        do_full: addresses(&all.do_full, cfg.do_stages()),
         dq_full: addresses(&all.dq_full, 2usize),
         q_free: addresses(&all.q_free, cfg.stages()),
-        do_free: addresses(&all.do_free, cfg.stages()),
-        dq_free: barrier_address(&all.dq_free[0]),
+        do_free: addresses(&all.do_free, cfg.do_stages()),
+        dq_free: addresses(&all.dq_free, cfg.dq_slots()),
     }
 }
 
 /// The warpgroup's keys and values as matrices, the part of the keys that it multiplies for dq, and where the rest starts.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-struct Places {
-    k: u64,
-    v: u64,
-    k_turned: u64,
-    q: u32,
-    d_o: u32,
-    ds: u32,
+pub(crate) struct Places {
+    pub k: u64,
+    pub v: u64,
+    pub k_turned: u64,
+    pub q: u32,
+    pub d_o: u32,
+    pub ds: u32,
     /// Where this lane's row of the first matrices of ds is written.
-    ds_write: u32,
+    pub ds_write: u32,
     /// Where this thread's first four floats of dq are written, counted in fours.
-    line: u32,
-    keys: KeyRows,
+    pub line: u32,
+    pub keys: KeyRows,
 }
 
 #[cube]
-fn places_of<E: Float>(
+pub(crate) fn places_of<E: Float>(
     sk: &Shared<[E]>,
     sv: &Shared<[E]>,
     sq: &Shared<[E]>,
@@ -404,8 +417,10 @@ fn places_of<E: Float>(
     let q_at = shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() });
     let do_at = shared_address::<E>(unsafe { sdo.as_slice().as_ptr_unchecked() });
     let ds_at = shared_address::<E>(unsafe { sds.as_slice().as_ptr_unchecked() });
-    let own_rows = warpgroup * comptime!((ROWS * 2 * PIECE) as u32);
-    let k_piece = comptime!(HopperBackwardConfig::BK * 2 * PIECE);
+    // For large head dimensions both have the same keys, and dq is in pieces of 64 columns.
+    let part = if comptime!(cfg.wide()) { 0u32.runtime() } else { warpgroup };
+    let own_rows = part * comptime!((ROWS * 2 * PIECE) as u32);
+    let k_piece = comptime!(cfg.bk() * 2 * PIECE);
     let ds_piece = comptime!(cfg.bq * 2 * PIECE);
     // The warpgroup's part of dq: 64 columns of k, or half of the queries.
     let (k_part, ds_part) = comptime!(match cfg.head_dim {
@@ -415,26 +430,26 @@ fn places_of<E: Float>(
     Places {
         k: descriptor(k_at + own_rows, 16u32),
         v: descriptor(v_at + own_rows, 16u32),
-        k_turned: descriptor(k_at + warpgroup * comptime!(k_part as u32), comptime!(k_piece as u32)),
+        k_turned: descriptor(k_at + part * comptime!(k_part as u32), comptime!(k_piece as u32)),
         q: q_at,
         d_o: do_at,
-        ds: ds_at + warpgroup * comptime!(ds_part as u32),
+        ds: ds_at + part * comptime!(ds_part as u32),
         // Row `lane % 8` of matrix `lane / 8`: matrices are 8 keys wide, two side by side and two below each other.
         ds_write: ds_at
-            + warpgroup * comptime!(ds_piece as u32)
+            + part * comptime!(ds_piece as u32)
             + (lane / 16 * 8 + lane % 8) * 128
             + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16,
         line: warpgroup * comptime!((cfg.dq_registers() / 4 * WARPGROUP) as u32)
             + UNIT_POS % comptime!(WARPGROUP as u32),
-        keys: KeyRows { j: j0 + warpgroup * comptime!(ROWS as u32) + warp * 16 + lane / 4, column: lane % 4 * 2 },
+        keys: KeyRows { j: j0 + part * comptime!(ROWS as u32) + warp * 16 + lane / 4, column: lane % 4 * 2 },
     }
 }
 
 /// Issues `sᵀ = k · qᵀ` of the queries in a stage.
 #[cube]
-fn scores<N: Size>(places: Places, stage: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
+pub(crate) fn scores<N: Size>(places: Places, stage: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
     let [_, _, q_len, _] = comptime!(cfg.elements());
-    let (piece_k, piece_q) = comptime!((HopperBackwardConfig::BK * 2 * PIECE, cfg.bq * 2 * PIECE));
+    let (piece_k, piece_q) = comptime!((cfg.bk() * 2 * PIECE, cfg.bq * 2 * PIECE));
     let text = comptime!(score_text(cfg.lanes()[0], cfg.bq, cfg.head_dim, piece_k, piece_q, cfg.element.name()));
     let q = descriptor(places.q + stage * comptime!(2 * q_len as u32), 16u32);
     issue_scores::<N>(places.k, q, comptime!(text.clone()).as_str())
@@ -442,20 +457,24 @@ fn scores<N: Size>(places: Places, stage: u32, #[comptime] cfg: HopperBackwardCo
 
 /// Issues `dpᵀ = v · doᵀ` of the queries in a stage.
 #[cube]
-fn gradients_of_weights<N: Size>(places: Places, stage: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
+pub(crate) fn gradients_of_weights<N: Size>(
+    places: Places,
+    stage: u32,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Accumulator<N> {
     let [_, _, _, do_len] = comptime!(cfg.elements());
-    let (piece_v, piece_do) = comptime!((HopperBackwardConfig::BK * 2 * PIECE, cfg.bq * 2 * PIECE));
+    let (piece_v, piece_do) = comptime!((cfg.bk() * 2 * PIECE, cfg.bq * 2 * PIECE));
     let text = comptime!(score_text(cfg.lanes()[0], cfg.bq, cfg.value_dim, piece_v, piece_do, cfg.element.name()));
     let d_o = descriptor(places.d_o + stage * comptime!(2 * do_len as u32), 16u32);
     issue_scores::<N>(places.v, d_o, comptime!(text.clone()).as_str())
 }
 
-/// Issues the warpgroup's part of `kᵀ · dsᵀ`.
+/// Issues the part of `kᵀ · dsᵀ` that is of 64 columns of k, `k_turned`, and of the gradients of scores from address `ds` on.
 #[cube]
-fn queries_part<N: Size>(places: Places, buffer: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
+pub(crate) fn queries_part<N: Size>(k_turned: u64, ds: u32, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
     let piece = comptime!(cfg.bq * 2 * PIECE);
     let (lanes, columns) = comptime!((cfg.lanes()[3], cfg.dq_columns()));
-    let text = comptime!(transposed_text(lanes, columns, HopperBackwardConfig::BK, piece, cfg.element.name()));
-    let ds = descriptor(places.ds + buffer, 16u32);
-    issue_scores::<N>(places.k_turned, ds, comptime!(text.clone()).as_str())
+    let text = comptime!(transposed_text(lanes, columns, cfg.bk(), piece, cfg.element.name()));
+    let ds = descriptor(ds, 16u32);
+    issue_scores::<N>(k_turned, ds, comptime!(text.clone()).as_str())
 }

@@ -7,6 +7,7 @@ use super::backward_config::HopperBackwardConfig;
 use super::backward_messages::{Due, tell_step, told_due};
 use super::backward_scores::Statistics;
 use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
+use super::config::PIECE;
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
 use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
 use crate::family::element::Numbers;
@@ -61,17 +62,17 @@ pub(crate) fn copy_tiles<E: Float>(
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    let stages = comptime!(cfg.stages());
+    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
     let [k_len, v_len, _, _] = comptime!(cfg.elements());
     let kv_barrier = &all.kv_full[0];
     kv_barrier.arrive_and_expect_tx(1u32, comptime!(2 * (k_len + v_len) as u32));
-    copy_pieces::<E>(k, sk, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, HopperBackwardConfig::BK);
-    copy_pieces::<E>(v, sv, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, HopperBackwardConfig::BK);
+    copy_pieces::<E>(k, sk, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, cfg.bk());
+    copy_pieces::<E>(v, sv, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, cfg.bk());
     let copies = Copies {
         q_free: addresses(&all.q_free, stages),
-        do_free: addresses(&all.do_free, stages),
+        do_free: addresses(&all.do_free, do_stages),
         q_full: addresses(&all.q_full, stages),
-        do_full: addresses(&all.do_full, stages),
+        do_full: addresses(&all.do_full, do_stages),
         rows: shared_address::<Vector<f32, Const<2>>>(unsafe { rows.as_slice().as_ptr_unchecked() }),
         statistics: global_address::<f32>(statistics),
     };
@@ -122,7 +123,7 @@ fn copy_queries<E: Float>(
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    let stages = comptime!(cfg.stages());
+    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
     let [_, _, q_len, do_len] = comptime!(cfg.elements());
     let bytes = comptime!(cfg.statistics_bytes());
     let i0 = m * comptime!(cfg.bq as u32);
@@ -142,19 +143,36 @@ fn copy_queries<E: Float>(
             copy_pieces::<E>(q, sq, &all.q_full[s], s, tile.batch, h, i0, q_len, cfg.bq);
         }
     }
-    barrier_wait(address_at(&copies.do_free, ring.stage, stages), ring.parity);
-    barrier_expect(address_at(&copies.do_full, ring.stage, stages), comptime!(2 * do_len));
+    let place = gradient_ring(ring.stage, ring.parity, 1u32, cfg);
+    barrier_wait(address_at(&copies.do_free, place.stage, do_stages), place.parity);
+    barrier_expect(address_at(&copies.do_full, place.stage, do_stages), comptime!(2 * do_len));
     #[unroll]
-    for s in 0..stages {
-        if ring.stage == comptime!(s as u32) {
+    for s in 0..do_stages {
+        if place.stage == comptime!(s as u32) {
             copy_pieces::<E>(d_o, sdo, &all.do_full[s], s, tile.batch, h, i0, do_len, cfg.bq);
         }
     }
     advance(ring, comptime!(stages as u32));
 }
 
-/// Adds what consumers have for dq, every other of `steps` steps, when it is the cube's turn. `counters` and `dq` are where the turns and
-/// the sums start.
+/// Where gradients of outputs go when queries go to a stage, whose parity was `first` at the start.
+#[cube]
+pub(crate) fn gradient_ring(
+    stage: u32,
+    parity: u32,
+    #[comptime] first: u32,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Ring {
+    if comptime!(cfg.do_stages() == 1) {
+        // Of two stages of queries the number is the step's parity.
+        Ring { stage: 0u32.runtime(), parity: stage ^ first }
+    } else {
+        Ring { stage, parity }
+    }
+}
+
+/// Adds what consumers have for dq, every other of `steps` steps, when it is the cube's turn, or in any order. `counters` and `dq` are
+/// where the turns and the sums start.
 #[cube]
 pub(crate) fn add_up(
     sdq: &Shared<[Vector<f32, Const<4>>]>,
@@ -188,17 +206,84 @@ pub(crate) fn add_up(
             barrier_wait(full, parity);
         }
         parity ^= 1u32;
-        turn_wait(counter, due.turn);
-        if due.turn == 0 {
+        if comptime!(!cfg.unordered) {
+            turn_wait(counter, due.turn);
+        }
+        if comptime!(cfg.unordered) {
+            bulk_add(to, dq_at, bytes);
+        } else if due.turn == 0 {
             bulk_store(to, dq_at, bytes);
         } else {
             bulk_add(to, dq_at, bytes);
         }
         bulk_wait_read();
         barrier_arrive(free, true);
-        bulk_wait();
-        turn_pass(counter);
+        if comptime!(!cfg.unordered) {
+            bulk_wait();
+            turn_pass(counter);
+        }
         step += 2;
+    }
+}
+
+/// Adds the pieces of dq that a warpgroup has, every other of the head dimension, in every step, when it is the cube's turn, or in any
+/// order. A turn has passed when all units that add have had it.
+#[cube]
+pub(crate) fn add_pieces(
+    sdq: &Shared<[Vector<f32, Const<4>>]>,
+    all: &Barriers,
+    counters: u64,
+    dq: u64,
+    tile: KeyTile,
+    warpgroup: u32,
+    steps: u32,
+    lines: u32,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let full = address_at(&addresses(&all.dq_full, 2usize), warpgroup, 2usize);
+    let free = address_at(&addresses(&all.dq_free, 2usize), warpgroup, 2usize);
+    let bytes = comptime!((cfg.bq * PIECE * size_of::<f32>()) as u32);
+    let dq_at = shared_address::<Vector<f32, Const<4>>>(unsafe { sdq.as_slice().as_ptr_unchecked() });
+    let from = dq_at + warpgroup * bytes;
+    let [even, odd] = comptime!([cfg.wide_pieces(0) as u32, cfg.wide_pieces(1) as u32]);
+    let pieces = select(warpgroup == 0, even, odd);
+    let adders = comptime!(1 + (cfg.wide_pieces(1) > 0) as u32);
+    let steps = select(pieces > 0, steps, 0u32);
+    let mut parity = 0u32;
+    let mut step = 0u32;
+    while step < steps {
+        // Under a plan the step's line is sure to be there once the consumers are done.
+        if comptime!(cfg.listed) {
+            barrier_wait(full, parity);
+        }
+        let due = due_at(step, tile, lines, scratch, n, cfg);
+        let place = place_of(tile, due.head, due.m, n, cfg.bq);
+        let counter = counters + (place as u64 + 1u64) * 4u64;
+        let to = dq + place as u64 * comptime!((cfg.dq_elements() * size_of::<f32>()) as u64);
+        if comptime!(!cfg.unordered) {
+            turn_wait(counter, due.turn * adders);
+        }
+        for x in 0..pieces {
+            barrier_wait(full, parity);
+            parity ^= 1u32;
+            let piece = to + ((2 * x + warpgroup) * bytes) as u64;
+            if comptime!(cfg.unordered) {
+                bulk_add(piece, from, comptime!(bytes as usize));
+            } else if due.turn == 0 {
+                bulk_store(piece, from, comptime!(bytes as usize));
+            } else {
+                bulk_add(piece, from, comptime!(bytes as usize));
+            }
+            bulk_wait_read();
+            barrier_arrive(free, true);
+        }
+        if comptime!(!cfg.unordered) {
+            bulk_wait();
+            turn_pass(counter);
+        }
+        step += 1;
     }
 }
 
@@ -216,6 +301,10 @@ fn due_at(
         told_due(lines, step, cfg)
     } else {
         let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
-        Due { head: tile.first_head + g, m, turn: turn_of(tile, m, scratch, n, comptime!(cfg.shape())) }
+        if comptime!(cfg.unordered) {
+            Due { head: tile.first_head + g, m, turn: 0u32.runtime() }
+        } else {
+            Due { head: tile.first_head + g, m, turn: turn_of(tile, m, scratch, n, comptime!(cfg.shape())) }
+        }
     }
 }

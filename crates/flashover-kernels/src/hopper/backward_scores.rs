@@ -89,6 +89,35 @@ pub(crate) fn differentiate<N: Size, P: Size>(
     ds
 }
 
+/// Weights times the derivatives of the softcap and of the user's function.
+#[cube]
+pub(crate) fn times_slopes<N: Size, P: Size>(
+    p: Accumulator<N>,
+    slopes: Vector<u32, P>,
+    n: Numbers,
+    #[comptime] with_function: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Accumulator<N> {
+    let mut out = Accumulator::<N>::new(0.0f32);
+    #[unroll]
+    for y in 0..comptime!(cfg.bq / 4) {
+        let (slope_low, slope_high) = unpack(slopes.extract(y), cfg.element);
+        #[unroll]
+        for r in 0..2usize {
+            let e = comptime!(2 * y + r);
+            let slope = if comptime!(r == 0) { slope_low } else { slope_high };
+            let weight = p.extract(e);
+            if with_function {
+                // Where the key is hidden, by a value of −∞ or otherwise, the derivative may be anything.
+                out.insert(e, select(weight == 0.0f32, 0.0f32, weight * slope));
+            } else {
+                out.insert(e, select(n.softcap > 0.0f32, weight * slope, weight));
+            }
+        }
+    }
+    out
+}
+
 /// Weights of keys that a query does not see become 0. A query past the end has none anyway: its `−lse` is −∞.
 #[cube]
 pub(crate) fn hide<N: Size>(

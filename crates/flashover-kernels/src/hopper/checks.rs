@@ -35,6 +35,12 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, cfg: HopperConfig)
             return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
         }
     }
+    // A plan lists blocks for each head.
+    let heads = if problem.plan.is_some() { 1 } else { problem.group() };
+    if cfg.packed == 0 || cfg.packed > cfg.rows() || !heads.is_multiple_of(cfg.packed) {
+        let expected = format!("a number of heads that divides {heads}, in {} rows", cfg.rows());
+        return Err(KernelError::Tiles { kernel, expected, found: format!("tiles for {} heads", cfg.packed) });
+    }
     if let Some(plan) = problem.plan
         && !cfg.divides(plan.tile)
     {
@@ -56,7 +62,7 @@ pub fn check_backward(problem: &Problem, limits: &DeviceLimits, cfg: HopperBackw
     if let Some(plan) = problem.plan
         && !cfg.divides(plan.tile)
     {
-        let expected = [cfg.bq as u32, HopperBackwardConfig::BK as u32];
+        let expected = [cfg.bq as u32, cfg.bk() as u32];
         return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
     }
     let (what, limit, found) = ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes());
@@ -88,9 +94,8 @@ mod tests {
     use super::*;
     use crate::block_plan::{PlanShape, TileSize};
 
-    #[test]
-    fn a_backward_says_what_it_cannot_run() {
-        let limits = DeviceLimits {
+    fn hopper() -> DeviceLimits {
+        DeviceLimits {
             name: "test".into(),
             max_bindings: 1024,
             max_shared_bytes: 227 * 1024,
@@ -100,10 +105,33 @@ mod tests {
             hardware: true,
             ptx: true,
             matrix_elements: vec![Element::BF16],
+            matrix_tf32: true,
             matrix_loads: vec![Element::BF16],
             async_copies: true,
+            cooperative: Vec::new(),
+            plane_sizes: [32, 32],
+            plane_operations: true,
             wgmma: true,
-        };
+        }
+    }
+
+    #[test]
+    fn a_forward_says_what_heads_it_cannot_pack() {
+        let p = Problem::new([1, 12, 5, 64], [1, 2, 300, 64], [1, 2, 300, 64], Element::BF16).unwrap();
+        let (cfg, _) = HopperConfig::of(&p);
+        check_limits(&p, &hopper(), cfg).unwrap();
+        let plan =
+            PlanShape { tile: TileSize { bq: 128, bk: 128 }, words: 16, points: 1, planes: [1, 1], column_words: 0 };
+        let planned = Problem { plan: Some(plan), ..p.clone() };
+        for (p, packed, expected) in [(&p, 0, "divides 6"), (&p, 4, "divides 6"), (&planned, 2, "divides 1,")] {
+            let error = check_limits(p, &hopper(), HopperConfig { packed, ..cfg }).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains(&format!("for {packed} heads")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_backward_says_what_it_cannot_run() {
+        let limits = hopper();
         let shape = |d: usize| [1, 2, 300, d];
         let problem = |d, dv| Problem::new(shape(d), shape(d), shape(dv), Element::BF16).unwrap();
         let plain = problem(64, 64);
@@ -126,7 +154,10 @@ mod tests {
              128 keys"
         );
         assert!(error(&planned(64, 128), listed).contains("plan: expected tiles of a multiple of [128, 128]"));
-        assert!(error(&problem(192, 64), cfg).contains("without head dimensions above 128"));
+        // Tiles of smaller heads.
+        assert!(
+            error(&problem(192, 64), cfg).contains("expected tiles for tile 64x64, 2 warpgroups, head 192, values 64")
+        );
         // Tiles that know of no option, for a problem that has one.
         let capped = Problem { softcap: Some(5.0), ..plain.clone() };
         assert!(error(&capped, cfg).contains("expected tiles for tile 64x128"), "{}", error(&capped, cfg));

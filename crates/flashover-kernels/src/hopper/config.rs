@@ -1,6 +1,7 @@
 //! Tiles of the Hopper kernels.
 
 use super::messages::LINE;
+use super::sections::tile_costs;
 use crate::block_plan::TileSize;
 use crate::family::tile_shape::TileShape;
 use crate::problem::{Element, Problem};
@@ -15,13 +16,27 @@ pub(crate) const WARPGROUP: usize = 128;
 pub(crate) const ROWS: usize = 64;
 
 /// Shared memory that a cube may have on sm90, in bytes.
-const SHARED: usize = 232_448;
+pub(super) const SHARED: usize = 232_448;
 
 /// Head dimensions that products are made for. Others are padded to the next; the copy engine writes the zeros.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
 /// Keys a query sees, from which on three warpgroups were measured to be faster than two (docs/measurements.md).
 const LONG: usize = 4096;
+
+/// Query tiles of a head from which on less than an eighth of their rows are past the end: packing heads has nothing to save.
+const MANY_TILES: usize = 8;
+
+/// What a barrier tells of: that a buffer of queries, a stage of keys or one of values has arrived, or that its place is free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    Queries,
+    Keys,
+    Values,
+    FreeQueries,
+    FreeKeys,
+    FreeValues,
+}
 
 /// Keys that a query sees on average, as far as the band tells.
 fn mean_keys(problem: &Problem) -> usize {
@@ -50,11 +65,40 @@ pub struct HopperConfig {
     pub plain: bool,
     /// Whether a block plan lists the tiles.
     pub listed: bool,
+    /// Query heads, of those that share a key head, whose queries lie in one tile; 1 where each head has tiles of its own.
+    /// FlashAttention-3 calls more PackGQA.
+    pub packed: usize,
 }
 
 impl HopperConfig {
     /// Tiles for a problem whose head dimensions are multiples of 8, and why.
-    pub fn of(problem: &Problem) -> (Self, &'static str) {
+    pub fn of(problem: &Problem) -> (Self, String) {
+        let (config, why) = Self::unpacked(problem);
+        let cost = |packed: usize| {
+            let packed_config = HopperConfig { packed, ..config };
+            let steps: usize = tile_costs(problem, packed_config).into_iter().sum();
+            problem.heads_q / packed * steps
+        };
+        let group = problem.group();
+        if group == 1 || problem.seq_q >= MANY_TILES * config.rows() {
+            return (config, why.into());
+        }
+        let alone = cost(1);
+        let choices = (2..=group.min(config.rows())).filter(|&packed| group.is_multiple_of(packed));
+        let (least, packed) = choices.map(|packed| (cost(packed), packed)).min().unwrap_or((alone, 1));
+        // A smaller difference is not worth a kernel of its own.
+        if 8 * least > 7 * alone {
+            (config, why.into())
+        } else if config.listed {
+            (config, format!("{why}; heads keep tiles of their own, for which the plan lists blocks"))
+        } else {
+            let why = format!("{why}; heads that share keys share tiles: {least} steps a batch element, not {alone}");
+            (HopperConfig { packed, ..config }, why)
+        }
+    }
+
+    /// The same with tiles for each head.
+    fn unpacked(problem: &Problem) -> (Self, &'static str) {
         let Problem {
             head_dim,
             value_dim,
@@ -82,6 +126,7 @@ impl HopperConfig {
             stages: 2,
             plain,
             listed: plan.is_some(),
+            packed: 1,
         };
         let narrow = config.head_dim.max(config.value_dim) == HEAD_DIMS[0];
         if narrow && plain && plan.is_none() && problem.seq_q >= LONG / 2 && mean_keys(problem) >= LONG {
@@ -103,9 +148,19 @@ impl HopperConfig {
         }
     }
 
-    /// Queries of a tile.
-    pub const fn bq(&self) -> usize {
+    /// Rows of a tile.
+    pub const fn rows(&self) -> usize {
         self.consumers * ROWS
+    }
+
+    /// Queries of a tile, of each of its heads.
+    pub const fn bq(&self) -> usize {
+        self.rows() / self.packed
+    }
+
+    /// Rows of a tile that are a query's: the heads may not divide all.
+    pub(crate) const fn boxed_rows(&self) -> usize {
+        self.packed * self.bq()
     }
 
     /// Whether a tile of a plan consists of whole tiles.
@@ -131,7 +186,7 @@ impl HopperConfig {
     /// Elements of the query tile, of a key tile and of a value tile in shared memory.
     pub(crate) const fn elements(&self) -> [usize; 3] {
         let (d, dv) = (Self::pieces(self.head_dim) * PIECE, Self::pieces(self.value_dim) * PIECE);
-        [self.bq() * d, self.bk * d, self.bk * dv]
+        [self.rows() * d, self.bk * d, self.bk * dv]
     }
 
     /// Query tiles in flight: the next comes while the last is still worked on, where there is room for it.
@@ -142,6 +197,23 @@ impl HopperConfig {
     /// Tiles of values in flight: one more than of keys, which are done with earlier, where there is room for it.
     pub const fn value_stages(&self) -> usize {
         if self.bytes_with(self.query_buffers(), self.stages + 1) <= SHARED { self.stages + 1 } else { self.stages }
+    }
+
+    /// Barriers that tell that something has arrived; as many behind them tell that its place is free.
+    pub(crate) const fn barriers(&self) -> usize {
+        self.query_buffers() + self.stages + self.value_stages()
+    }
+
+    /// Which barrier is the first of a kind.
+    pub(crate) const fn first_barrier(&self, gate: Gate) -> usize {
+        match gate {
+            Gate::Queries => 0,
+            Gate::Keys => self.query_buffers(),
+            Gate::Values => self.query_buffers() + self.stages,
+            Gate::FreeQueries => self.barriers(),
+            Gate::FreeKeys => self.barriers() + self.query_buffers(),
+            Gate::FreeValues => self.barriers() + self.query_buffers() + self.stages,
+        }
     }
 
     /// Shared memory of a cube in bytes, barriers and messages included.
@@ -180,18 +252,19 @@ impl HopperConfig {
 
 impl core::fmt::Display for HopperConfig {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let HopperConfig { consumers, bk, head_dim, value_dim, stages, .. } = self;
-        write!(
-            f,
-            "tile {}x{bk}, {consumers} warpgroups, {stages} stages, head {head_dim}, values {value_dim}",
-            self.bq()
-        )
+        let HopperConfig { consumers, bk, head_dim, value_dim, stages, packed, .. } = self;
+        write!(f, "tile {}x{bk}, ", self.rows())?;
+        if *packed > 1 {
+            write!(f, "{packed} heads of {} queries, ", self.bq())?;
+        }
+        write!(f, "{consumers} warpgroups, {stages} stages, head {head_dim}, values {value_dim}")
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block_plan::PlanShape;
     use crate::mask::Band;
 
     #[test]
@@ -222,6 +295,49 @@ mod tests {
             assert_eq!(config.consumers, consumers, "{seq} {causal}");
             assert!(config.shared_bytes() <= SHARED && config.bk.is_multiple_of(16));
         }
+    }
+
+    #[test]
+    fn heads_share_tiles_where_that_leaves_fewer_steps() {
+        let of = |heads_q: usize, heads_kv: usize, seq_q: usize, seq_kv: usize| {
+            let q = [2, heads_q, seq_q, 128];
+            Problem::new(q, [2, heads_kv, seq_kv, 128], [2, heads_kv, seq_kv, 128], Element::BF16).unwrap()
+        };
+        let packed = |p: &Problem| {
+            let (config, why) = HopperConfig::of(p);
+            assert!(config.boxed_rows() <= config.rows() && p.group().is_multiple_of(config.packed));
+            assert_eq!(config.packed > 1, why.contains("share tiles"), "{why}");
+            (config.packed, config.bq())
+        };
+        // Query heads, key heads, queries: heads of a tile, queries of each.
+        for (heads, queries, expected) in [
+            ((32, 4), 1, (8, 16)),
+            ((32, 4), 16, (8, 16)),
+            // 17 queries are a whole tile of 4 heads, and two of 8.
+            ((32, 4), 17, (4, 32)),
+            ((32, 4), 64, (2, 64)),
+            // Two tiles of one head hold 256 rows, three of 8 heads with 16 queries each the 1040 of all.
+            ((32, 4), 130, (8, 16)),
+            ((28, 4), 1, (7, 18)),
+            ((28, 4), 19, (7, 18)),
+            ((12, 2), 30, (3, 42)),
+            ((71, 1), 1, (71, 1)),
+            ((256, 1), 1, (128, 1)),
+            ((8, 8), 1, (1, 128)),
+            ((32, 4), 128, (1, 128)),
+            ((32, 4), 4096, (1, 128)),
+            // Seven heads do not fill a tile of 128 rows either.
+            ((28, 4), 120, (1, 128)),
+        ] {
+            assert_eq!(packed(&of(heads.0, heads.1, queries, 1000)), expected, "{heads:?} {queries}");
+        }
+        let short = of(32, 4, 16, 1000);
+        let (alone, why) = (32 * (8 + 2), HopperConfig::of(&short).1);
+        assert!(why.ends_with(&format!("{} steps a batch element, not {alone}", alone / 8)), "{why}");
+        let tile = TileSize { bq: 128, bk: 128 };
+        let plan = PlanShape { tile, words: 16, points: 1, planes: [1, 1], column_words: 0 };
+        let (config, why) = HopperConfig::of(&Problem { plan: Some(plan), ..short });
+        assert!(config.packed == 1 && why.contains("heads keep tiles of their own"), "{why}");
     }
 
     #[test]

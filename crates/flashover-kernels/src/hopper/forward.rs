@@ -7,21 +7,22 @@
 
 use cubecl::prelude::*;
 
-use super::config::{HopperConfig, PIECE, ROWS, WARPGROUP};
+use super::config::{Gate, HopperConfig, PIECE, ROWS, WARPGROUP};
 use super::messages::{LINE, QueryTile, after, told_step, told_tile};
-use super::produce::{Barriers, Gates, Lines, gates, produce};
+use super::place::{clear_rows, head_in, heads_in, place_in, query_at};
+use super::produce::{Lines, gate_at, produce};
 use super::ptx::{
-    Accumulator, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values, named_arrive,
-    named_wait, registers_decrease, registers_increase, score_text, shared_address, uniform, value_text,
+    Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_scores, issue_values,
+    named_arrive, named_wait, registers_decrease, registers_increase, score_text, shared_address, uniform, value_text,
     wait_after_text, wait_products, wait_products_after, wait_text,
 };
-use super::ring::{Ring, address_at, advance, barriers, ring_start};
+use super::ring::{Ring, advance, barrier_row, ring_start};
 use super::rows::{
-    Place, RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
+    RowEnd, RowState, drop_weights, hide, pack_text, pack_weights, rescale, row_end, rows_start, shape_scores,
     softmax_tile,
 };
-use super::store::{self, Factors, store_rows};
-use crate::family::element::{Numbers, head_of};
+use super::store::{Factors, Place, store_row};
+use crate::family::element::Numbers;
 use crate::family::ptx::value_of;
 use crate::family::walk::Step;
 use crate::score::ScoreCode;
@@ -67,9 +68,11 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len * value_stages, 1024usize);
     let line_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(LINE * (buffers + stages)), 16usize);
     let warps = comptime!(4 * cfg.consumers as u32);
-    let full = Barriers { q: barriers(buffers, 1u32), k: barriers(stages, 1u32), v: barriers(value_stages, 1u32) };
-    let free = Barriers { q: barriers(buffers, warps), k: barriers(stages, warps), v: barriers(value_stages, warps) };
+    let barriers = barrier_row(comptime!(cfg.barriers()), warps);
     fence_barriers();
+    if comptime!(cfg.boxed_rows() < cfg.rows()) {
+        clear_rows(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() }), cfg);
+    }
     sync_cube();
 
     let (registers, spare) = comptime!(cfg.registers());
@@ -78,16 +81,14 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         if UNIT_POS == 0 {
             let lines = lines_at(&line_words, cfg);
             produce::<E>(
-                q, k, v, bias, &mut sq, &mut sk, &mut sv, &full, &free, lines, scratch, n, works, section, with_bias,
-                cfg,
+                q, k, v, bias, &mut sq, &mut sk, &mut sv, &barriers, lines, scratch, n, works, section, with_bias, cfg,
             );
         }
     } else {
         registers_increase(registers);
-        let group = uniform(UNIT_POS / comptime!(WARPGROUP as u32)) - 1;
+        let group = UNIT_POS / comptime!(WARPGROUP as u32) - 1;
         let consumer = Consumer {
-            full: gates(&full, cfg),
-            free: gates(&free, cfg),
+            barriers: barrier_address(&barriers[0]),
             lines: lines_at(&line_words, cfg),
             q: uniform(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() })),
             k: uniform(shared_address::<E>(unsafe { sk.as_slice().as_ptr_unchecked() })),
@@ -114,8 +115,8 @@ fn lines_at(words: &Shared<[u32]>, #[comptime] cfg: HopperConfig) -> Lines {
 /// What a thread of a consumer knows from the start.
 #[derive(CubeType)]
 struct Consumer {
-    full: Gates,
-    free: Gates,
+    /// Address of the first barrier.
+    barriers: u32,
     lines: Lines,
     /// Where the buffers of queries, keys and values start.
     q: u32,
@@ -142,8 +143,6 @@ struct Carried {
     queries: Ring,
     keys: Ring,
     values: Ring,
-    /// The barrier of those keys.
-    k_full: u32,
 }
 
 /// All steps of a cube.
@@ -165,15 +164,15 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
     let scores_done = comptime!(wait_text(ns, cfg.bk, 0));
     let output_done = comptime!(wait_text(no, cfg.value_dim, 0));
     let to_output = comptime!(value_text(no, np, cfg.value_dim, cfg.bk, cfg.element.name()));
-    barrier_wait(address_at(&consumer.full.q, 0u32, cfg.query_buffers()), 0u32);
+    barrier_wait(gate_at(consumer.barriers, 0u32, Gate::Queries, cfg), 0u32);
     let (first, exists) = told_tile(consumer.lines.tiles, 0u32);
     if exists {
         let mut keys = ring_start(0u32);
-        barrier_wait(address_at(&consumer.full.k, 0u32, cfg.stages), 0u32);
+        barrier_wait(gate_at(consumer.barriers, 0u32, Gate::Keys, cfg), 0u32);
         let told = told_step(consumer.lines.steps, 0u32, first.i0, n, cfg);
         let flying = scores::<NS>(consumer, 0u32, 0u32, cfg);
         let mut s = wait_products::<NS>(flying, comptime!(scores_done.clone()).as_str());
-        barrier_arrive(address_at(&consumer.free.k, 0u32, cfg.stages), consumer.leader);
+        barrier_arrive(gate_at(consumer.barriers, 0u32, Gate::FreeKeys, cfg), consumer.leader);
         let mut rows = rows_start(n);
         let factor = consumer.factor;
         weigh::<E, NS>(&mut s, &mut rows, first, told.step, scratch, bias, n, factor, with_bias, function, true, cfg);
@@ -189,7 +188,6 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
             queries: ring_start(0u32),
             keys,
             values: ring_start(0u32),
-            k_full: address_at(&consumer.full.k, keys.stage, cfg.stages),
         };
         while carried.next != comptime!(after::NOTHING) {
             next_step::<E, NS, NO, NP>(
@@ -212,7 +210,7 @@ fn attend<E: Float, NS: Size, NO: Size, NP: Size>(
         }
         make_room::<NO>(&mut out, &mut carried, consumer, scratch, o, lse, rest, n, written, cfg);
         let stage = value_of::<u32>(carried.values.stage);
-        barrier_wait(address_at(&consumer.full.v, stage, cfg.value_stages()), carried.values.parity);
+        barrier_wait(gate_at(consumer.barriers, stage, Gate::Values, cfg), carried.values.parity);
         if comptime!(cfg.packs_late()) {
             p = packed::<NS, NP>(s, cfg);
         }
@@ -254,11 +252,11 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     let opens = carried.next == comptime!(after::NEXT_TILE);
     let (k_stage, v_stage) = (value_of::<u32>(carried.keys.stage), value_of::<u32>(carried.values.stage));
     if opens {
-        barrier_arrive(address_at(&consumer.free.q, carried.queries.stage, buffers), consumer.leader);
+        barrier_arrive(gate_at(consumer.barriers, carried.queries.stage, Gate::FreeQueries, cfg), consumer.leader);
         advance(&mut carried.queries, comptime!(buffers as u32));
-        barrier_wait(address_at(&consumer.full.q, carried.queries.stage, buffers), carried.queries.parity);
+        barrier_wait(gate_at(consumer.barriers, carried.queries.stage, Gate::Queries, cfg), carried.queries.parity);
     }
-    barrier_wait(carried.k_full, carried.keys.parity);
+    barrier_wait(gate_at(consumer.barriers, k_stage, Gate::Keys, cfg), carried.keys.parity);
     named_wait(1 + consumer.group, both);
     let flying = scores::<NS>(consumer, carried.queries.stage, k_stage, cfg);
     let following = select(consumer.group == comptime!(cfg.consumers as u32 - 1), 1u32, 2 + consumer.group);
@@ -268,7 +266,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
         named_arrive(following, both);
     }
     make_room::<NO>(out, carried, consumer, scratch, o, lse, rest, n, written, cfg);
-    barrier_wait(address_at(&consumer.full.v, v_stage, value_stages), carried.values.parity);
+    barrier_wait(gate_at(consumer.barriers, v_stage, Gate::Values, cfg), carried.values.parity);
     if comptime!(cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
     }
@@ -281,11 +279,9 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
         open_tile(carried, consumer, n);
     }
     let told = told_step(consumer.lines.steps, k_stage, carried.tile.i0, n, cfg);
-    // Where the step after waits: worked out now, while the products are in flight.
     advance(&mut carried.keys, comptime!(cfg.stages as u32));
-    carried.k_full = value_of::<u32>(address_at(&consumer.full.k, carried.keys.stage, cfg.stages));
     *s = wait_products::<NS>(flying, comptime!(scores_first.clone()).as_str());
-    barrier_arrive(address_at(&consumer.free.k, k_stage, cfg.stages), consumer.leader);
+    barrier_arrive(gate_at(consumer.barriers, k_stage, Gate::FreeKeys, cfg), consumer.leader);
     // The whole softmax twice: a branch around the hiding alone makes the compiler copy scores.
     let (tile, factor) = (carried.tile, consumer.factor);
     if comptime!(cfg.plain) && told.step.full {
@@ -308,7 +304,7 @@ fn next_step<E: Float, NS: Size, NO: Size, NP: Size>(
     }
     let (l0, l1) = (value_of::<f32>(carried.rows.l0), value_of::<f32>(carried.rows.l1));
     *out = wait_products_after::<NO>(filling, l0, l1, comptime!(output_done.clone()).as_str());
-    barrier_arrive(address_at(&consumer.free.v, v_stage, value_stages), consumer.leader);
+    barrier_arrive(gate_at(consumer.barriers, v_stage, Gate::FreeValues, cfg), consumer.leader);
     advance(&mut carried.values, comptime!(value_stages as u32));
     if comptime!(!cfg.packs_late()) {
         *p = packed::<NS, NP>(*s, cfg);
@@ -384,12 +380,6 @@ struct Done {
     l1: f32,
 }
 
-/// Where a thread stands in a query tile.
-#[cube]
-fn place_in(tile: QueryTile) -> Place {
-    Place { i: tile.i0 + UNIT_POS / 32 * 16 - comptime!(ROWS as u32) + UNIT_POS % 32 / 4, column: UNIT_POS % 4 * 2 }
-}
-
 /// Stores the output and the log-sum-exp of a query tile.
 #[cube]
 fn finish<NO: Size>(
@@ -404,25 +394,37 @@ fn finish<NO: Size>(
     #[comptime] written: Written,
     #[comptime] cfg: HopperConfig,
 ) {
-    let place = place_in(done.tile);
-    let end0 = row_end(done.m0, done.l0, done.tile.head, scratch, n, factor, cfg.plain);
-    let end1 = row_end(done.m1, done.l1, done.tile.head, scratch, n, factor, cfg.plain);
+    let place = place_in(done.tile, n, cfg);
+    let (head0, head1) = (head_in(done.tile, 0u32, cfg), head_in(done.tile, 8u32, cfg));
+    let end0 = row_end(done.m0, done.l0, head0, scratch, n, factor, cfg.plain);
+    let end1 = row_end(done.m1, done.l1, head1, scratch, n, factor, cfg.plain);
     let factors = Factors { factor0: end0.norm, factor1: end1.norm, some0: end0.some, some1: end1.some };
-    let first_row = (done.tile.batch * n.heads_q + done.tile.head) as usize * n.seq_q as usize;
-    let rows = store::Place { row: place.i, column: place.column, first: first_row, rows: n.seq_q, width: n.value_dim };
-    store_rows::<NO>(out, factors, rows, o, false, cfg.element, cfg.value_dim, written.whole);
+    let first0 = (done.tile.batch * n.heads_q + head0) as usize * n.seq_q as usize;
+    let first1 = if comptime!(cfg.packed == 1) {
+        first0
+    } else {
+        (done.tile.batch * n.heads_q + head1) as usize * n.seq_q as usize
+    };
+    let (column, rows, width) = (place.column, n.seq_q, n.value_dim);
+    let row0 = Place { row: place.i, column, first: first0, rows, width };
+    store_row::<NO>(out, factors, row0, o, 0usize, false, cfg.element, cfg.value_dim, written.whole);
+    let row1 = Place { row: query_at(place, 1usize), column, first: first1, rows, width };
+    store_row::<NO>(out, factors, row1, o, 1usize, false, cfg.element, cfg.value_dim, written.whole);
     if written.with_rest {
         let to = rest.as_mut().unwrap();
-        store_rows::<NO>(out, factors, rows, to, true, cfg.element, cfg.value_dim, written.whole);
+        store_row::<NO>(out, factors, row0, to, 0usize, true, cfg.element, cfg.value_dim, written.whole);
+        store_row::<NO>(out, factors, row1, to, 1usize, true, cfg.element, cfg.value_dim, written.whole);
     }
     if written.with_lse {
         if place.column == 0 {
             let (x0, x1) = (row_lse(end0, factor, n), row_lse(end1, factor, n));
-            if place.i < n.seq_q {
-                lse.as_mut().unwrap()[first_row + place.i as usize] = x0;
+            if row0.row < n.seq_q {
+                lse.as_mut().unwrap()[first0 + row0.row as usize] = x0;
             }
-            if place.i + 8 < n.seq_q {
-                lse.as_mut().unwrap()[first_row + place.i as usize + 8] = x1;
+            if row1.row < n.seq_q {
+                let at1 =
+                    if comptime!(place.packed) { first1 + row1.row as usize } else { first1 + place.i as usize + 8 };
+                lse.as_mut().unwrap()[at1] = x1;
             }
         }
     }
@@ -433,7 +435,7 @@ fn finish<NO: Size>(
 fn scores<NS: Size>(consumer: &Consumer, buffer: u32, stage: u32, #[comptime] cfg: HopperConfig) -> Accumulator<NS> {
     let [ns, _, _] = comptime!(cfg.lanes());
     let [q_len, k_len, _] = comptime!(cfg.elements());
-    let (piece_q, piece_k) = comptime!((cfg.bq() * 2 * PIECE, cfg.bk * 2 * PIECE));
+    let (piece_q, piece_k) = comptime!((cfg.rows() * 2 * PIECE, cfg.bk * 2 * PIECE));
     let text = comptime!(score_text(ns, cfg.bk, cfg.head_dim, piece_q, piece_k, cfg.element.name()));
     let own = consumer.group * comptime!((ROWS * 2 * PIECE) as u32);
     let q = descriptor(consumer.q + own + buffer * comptime!(2 * q_len as u32), 16u32);
@@ -464,18 +466,18 @@ fn weigh<E: Float, N: Size>(
     #[comptime] masked: bool,
     #[comptime] cfg: HopperConfig,
 ) {
-    let place = place_in(tile);
+    let place = place_in(tile, n, cfg);
     if comptime!(!cfg.plain) {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         shape_scores::<E, N>(s, place, step, at, scratch, bias, n, with_bias, function, cfg.bk);
     }
     if masked && !step.full {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         hide::<N>(s, place, step, at, scratch, n, comptime!(!cfg.plain || cfg.listed), cfg.bk);
     }
     softmax_tile::<N>(s, rows, factor, cfg.plain, cfg.bk);
     if comptime!(!cfg.plain) {
-        let at = head_of::<E>(tile.batch, tile.head, scratch, bias, n, with_bias);
+        let at = heads_in::<E>(tile, scratch, bias, n, with_bias, cfg);
         drop_weights::<N>(s, place, step, at, n, cfg.bk);
     }
 }

@@ -45,7 +45,7 @@ pub fn forward(
         }
     }
     launcher.note("forward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
-    let works = cubes_of(problem, Side::Queries, cfg.shape());
+    let works = cubes_of(problem, Side::Queries, cfg.shape()) / cfg.packed;
     let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
     let cubes = works.min(multiprocessors);
     let [ns, no, np] = cfg.lanes();
@@ -57,7 +57,7 @@ pub fn forward(
             CubeCount::Static(cubes as u32, 1, 1),
             CubeDim::new_1d(cfg.units() as u32),
             address,
-            tiles(q, cfg.bq()),
+            boxes(q, cfg.packed, cfg.bq()),
             tiles(k, cfg.bk),
             tiles(v, cfg.bk),
             bias.as_ref().map(DeviceTensor::arg).into(),
@@ -90,6 +90,11 @@ pub(super) fn fours(tensor: &DeviceTensor) -> BufferArg {
 
 /// A tensor as the copy engine reads it: `rows` rows of 64 elements at a time, swizzled.
 pub(super) fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
+    boxes(tensor, 1, rows)
+}
+
+/// The same of `heads` heads at a time, one behind the other.
+fn boxes(tensor: &DeviceTensor, heads: usize, rows: usize) -> TensorMapArg<Tiled> {
     let mut strides = tensor.strides.clone();
     for d in (0..strides.len() - 1).rev() {
         // Nothing is ever a stride of a single row, yet it must be a multiple of 16 bytes.
@@ -99,6 +104,6 @@ pub(super) fn tiles(tensor: &DeviceTensor, rows: usize) -> TensorMapArg<Tiled> {
     }
     // SAFETY: shape and strides are the tensor's own.
     let arg = unsafe { TensorArg::from_raw_parts(tensor.handle.clone(), strides.into(), tensor.shape.clone().into()) };
-    let args = TiledArgs { tile_size: [1, 1, rows, PIECE].into() };
+    let args = TiledArgs { tile_size: [1, heads, rows, PIECE].into() };
     TensorMapArg::new(args, arg, tensor.elem).with_swizzle(TensorMapSwizzle::B128)
 }

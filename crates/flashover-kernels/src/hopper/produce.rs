@@ -4,37 +4,18 @@
 use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
-use super::config::HopperConfig;
+use super::config::{Gate, HopperConfig};
 use super::messages::{QueryTile, after, tell_nothing, tell_step, tell_tile};
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait};
-use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
+use super::ring::{Ring, advance, barrier_at, copy_pieces, ring_start};
 use crate::family::element::{Head, Numbers, head_of};
-use crate::family::ptx::value_of;
+use crate::family::ptx::{global_address, ticket, value_of};
 use crate::family::walk::{Step, Walk, band_step, key_step, key_walk, no_step, sectioned_work};
 
-/// The barriers of each query buffer and of each stage of keys and values.
-#[derive(CubeType)]
-pub(crate) struct Barriers {
-    pub q: Sequence<Shared<Barrier>>,
-    pub k: Sequence<Shared<Barrier>>,
-    pub v: Sequence<Shared<Barrier>>,
-}
-
-/// Their addresses.
-#[derive(CubeType)]
-pub(crate) struct Gates {
-    pub q: Sequence<u32>,
-    pub k: Sequence<u32>,
-    pub v: Sequence<u32>,
-}
-
+/// Address of the barrier of a buffer or stage, from that of the first of all.
 #[cube]
-pub(crate) fn gates(barriers: &Barriers, #[comptime] cfg: HopperConfig) -> Gates {
-    Gates {
-        q: addresses(&barriers.q, cfg.query_buffers()),
-        k: addresses(&barriers.k, cfg.stages),
-        v: addresses(&barriers.v, cfg.value_stages()),
-    }
+pub(crate) fn gate_at(barriers: u32, stage: u32, #[comptime] gate: Gate, #[comptime] cfg: HopperConfig) -> u32 {
+    barrier_at(barriers, stage, comptime!(cfg.first_barrier(gate)))
 }
 
 /// Where the lines of query tiles and of steps start in shared memory.
@@ -87,8 +68,7 @@ pub(crate) fn produce<E: Float>(
     sq: &mut Shared<[E]>,
     sk: &mut Shared<[E]>,
     sv: &mut Shared<[E]>,
-    full: &Barriers,
-    free: &Barriers,
+    barriers: &Shared<[Barrier]>,
     lines: Lines,
     scratch: &[u32],
     n: Numbers,
@@ -98,17 +78,20 @@ pub(crate) fn produce<E: Float>(
     #[comptime] cfg: HopperConfig,
 ) {
     let shape = comptime!(cfg.shape());
-    let gates = gates(free, cfg);
+    let gates = barrier_address(&barriers[0]);
     let mut rings = Rings { q: ring_start(1u32), k: ring_start(1u32), v: ring_start(1u32) };
     let mut behind = Values { exist: false, batch: 0u32, head: 0u32, j0: 0u32 };
     let mut held = Held { exists: false, opens: false, batch: 0u32, head: 0u32, kv: 0u32, step: no_step(0u32) };
     let group = n.heads_q / n.heads_kv;
+    // Heads that have tiles of their own, or share them.
+    let packs = if comptime!(cfg.packed == 1) { n.heads_q } else { n.heads_q / comptime!(cfg.packed as u32) };
     let mut round = 0usize;
     let mut work = CUBE_POS;
     while (work as u32) < works {
-        let own = sectioned_work(work, section, scratch, n, shape);
+        let own = sectioned_work(work, packs, section, scratch, n, shape);
         if own.exists {
-            let (b, h, i0) = (own.head / n.heads_q, own.head % n.heads_q, own.tile * comptime!(cfg.bq() as u32));
+            let (b, pack, i0) = (own.head / packs, own.head % packs, own.tile * comptime!(cfg.bq() as u32));
+            let h = if comptime!(cfg.packed == 1) { pack } else { pack * comptime!(cfg.packed as u32) };
             let kv = h / group;
             let at = head_of::<E>(b, h, scratch, bias, n, with_bias);
             let walk = key_walk(i0, at, scratch, n, shape);
@@ -126,7 +109,7 @@ pub(crate) fn produce<E: Float>(
             while more {
                 if held.exists {
                     let next = select(opens, comptime!(after::NEXT_TILE), comptime!(after::SAME_TILE));
-                    send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
+                    send::<E>(q, k, v, sq, sk, sv, barriers, gates, &mut rings, &mut behind, lines, held, next, n, cfg);
                 }
                 held.exists = true;
                 held.opens = opens;
@@ -145,15 +128,15 @@ pub(crate) fn produce<E: Float>(
             }
         }
         round += 1;
-        work = snake(round);
+        work = next_work(round, scratch, cfg);
     }
     if held.exists {
         let next = comptime!(after::NOTHING).runtime();
-        send::<E>(q, k, v, sq, sk, sv, full, &gates, &mut rings, &mut behind, lines, held, next, n, cfg);
-        send_values::<E>(v, sv, full, &gates, &mut rings, behind.batch, behind.head, behind.j0, cfg);
+        send::<E>(q, k, v, sq, sk, sv, barriers, gates, &mut rings, &mut behind, lines, held, next, n, cfg);
+        send_values::<E>(v, sv, barriers, gates, &mut rings, behind.batch, behind.head, behind.j0, cfg);
     } else {
         tell_nothing(lines.tiles);
-        barrier_arrive(barrier_address(&full.q[0]), true.runtime());
+        barrier_arrive(barrier_address(&barriers[0]), true.runtime());
     }
 }
 
@@ -167,8 +150,8 @@ fn send<E: Float>(
     sq: &mut Shared<[E]>,
     sk: &mut Shared<[E]>,
     sv: &mut Shared<[E]>,
-    full: &Barriers,
-    gates: &Gates,
+    barriers: &Shared<[Barrier]>,
+    gates: u32,
     rings: &mut Rings,
     behind: &mut Values,
     lines: Lines,
@@ -183,18 +166,31 @@ fn send<E: Float>(
     let kv = value_of::<u32>(held.kv);
     if held.opens {
         let slot = value_of::<u32>(rings.q.stage);
-        barrier_wait(address_at(&gates.q, slot, buffers), rings.q.parity);
+        barrier_wait(gate_at(gates, slot, Gate::FreeQueries, cfg), rings.q.parity);
         tell_tile(lines.tiles, slot, QueryTile { batch: b, head: h, i0: held.step.i0 });
-        copy_tile::<E>(q, sq, &full.q, slot, b, h, held.step.i0, buffers, q_len, cfg.bq());
+        copy_tile::<E>(
+            q,
+            sq,
+            barriers,
+            cfg.first_barrier(Gate::Queries),
+            slot,
+            b,
+            h,
+            held.step.i0,
+            buffers,
+            q_len,
+            cfg.rows(),
+            cfg.boxed_rows(),
+        );
         advance(&mut rings.q, comptime!(buffers as u32));
     }
     let stage = value_of::<u32>(rings.k.stage);
-    barrier_wait(address_at(&gates.k, stage, stages), rings.k.parity);
+    barrier_wait(gate_at(gates, stage, Gate::FreeKeys, cfg), rings.k.parity);
     tell_step(lines.steps, stage, held.step, next, n, cfg);
-    copy_tile::<E>(k, sk, &full.k, stage, b, kv, j0, stages, k_len, cfg.bk);
+    copy_tile::<E>(k, sk, barriers, cfg.first_barrier(Gate::Keys), stage, b, kv, j0, stages, k_len, cfg.bk, cfg.bk);
     advance(&mut rings.k, comptime!(stages as u32));
     if behind.exist {
-        send_values::<E>(v, sv, full, gates, rings, behind.batch, behind.head, behind.j0, cfg);
+        send_values::<E>(v, sv, barriers, gates, rings, behind.batch, behind.head, behind.j0, cfg);
     }
     behind.exist = true;
     behind.batch = b;
@@ -207,8 +203,8 @@ fn send<E: Float>(
 fn send_values<E: Float>(
     v: &TensorMap<E, Tiled>,
     sv: &mut Shared<[E]>,
-    full: &Barriers,
-    gates: &Gates,
+    barriers: &Shared<[Barrier]>,
+    gates: u32,
     rings: &mut Rings,
     b: u32,
     kv: u32,
@@ -218,12 +214,20 @@ fn send_values<E: Float>(
     let [_, _, v_len] = comptime!(cfg.elements());
     let stage = value_of::<u32>(rings.v.stage);
     let stages = comptime!(cfg.value_stages());
-    barrier_wait(address_at(&gates.v, stage, stages), rings.v.parity);
-    copy_tile::<E>(v, sv, &full.v, stage, b, kv, j0, stages, v_len, cfg.bk);
+    barrier_wait(gate_at(gates, stage, Gate::FreeValues, cfg), rings.v.parity);
+    copy_tile::<E>(v, sv, barriers, cfg.first_barrier(Gate::Values), stage, b, kv, j0, stages, v_len, cfg.bk, cfg.bk);
     advance(&mut rings.v, comptime!(stages as u32));
 }
 
-/// A cube's work of a round: every other round in the opposite direction, so that none always gets the longest.
+/// A cube's next work. Without a plan that of a round: every other round in the opposite direction, so that none always gets the
+/// longest. Under a plan, where lengths differ from row to row and by head, the next that nobody has; word 0 of the scratch buffer
+/// counts those given out.
+#[cube]
+fn next_work(round: usize, scratch: &[u32], #[comptime] cfg: HopperConfig) -> usize {
+    if comptime!(cfg.listed) { CUBE_COUNT + ticket(global_address::<u32>(scratch)) as usize } else { snake(round) }
+}
+
+/// The works of a round, in one direction or the other.
 #[cube]
 fn snake(round: usize) -> usize {
     let first = round * CUBE_COUNT;
@@ -265,19 +269,23 @@ fn seek(
         }
         cursor.t = t;
     } else {
-        // Without a plan no tile of a walk is empty.
-        let found = band_step(walk, cursor.t, i0, at, n, with_bias, comptime!(cfg.shape()));
+        // Without a plan no tile of a walk is empty. Few queries would fill none of their tiles: those past the end, which are
+        // not stored, need see nothing.
+        let past_end = comptime!(cfg.packed > 1);
+        let found = band_step(walk, cursor.t, i0, at, n, with_bias, past_end, comptime!(cfg.shape()));
         cursor.step.j0 = found.j0;
         cursor.step.full = found.full;
     }
 }
 
-/// Copies a tile of rows from `row` on into a stage, in pieces of 64 elements; zeros past the ends.
+/// Copies a tile of `rows` rows, of which `boxed` come, from `row` on into a stage, in pieces of 64 elements; zeros past the
+/// ends.
 #[cube]
 fn copy_tile<E: Float>(
     from: &TensorMap<E, Tiled>,
     to: &mut Shared<[E]>,
-    full: &Sequence<Shared<Barrier>>,
+    barriers: &Shared<[Barrier]>,
+    #[comptime] first: usize,
     stage: u32,
     b: u32,
     h: u32,
@@ -285,12 +293,13 @@ fn copy_tile<E: Float>(
     #[comptime] stages: usize,
     #[comptime] len: usize,
     #[comptime] rows: usize,
+    #[comptime] boxed: usize,
 ) {
     #[unroll]
     for s in 0..stages {
         if stage == comptime!(s as u32) {
-            let barrier = &full[s];
-            barrier.arrive_and_expect_tx(1u32, comptime!(2 * len as u32));
+            let barrier = &barriers[comptime!(first + s)];
+            barrier.arrive_and_expect_tx(1u32, comptime!((2 * len / rows * boxed) as u32));
             copy_pieces::<E>(from, to, barrier, s, b, h, row, len, rows);
         }
     }

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 
 use super::config::PIECE;
 use super::ptx::barrier_address;
+use crate::family::ptx::value_of;
 
 /// Where a producer or a consumer stands in a ring.
 #[derive(CubeType, Clone, Copy)]
@@ -46,6 +47,37 @@ pub(crate) fn barriers(#[comptime] count: usize, #[comptime] arrivals: u32) -> S
     all
 }
 
+/// Bytes of a barrier.
+const BARRIER: usize = 8;
+
+/// Barriers in a row: those that tell that something has arrived wait for one arrival, as many behind them, which tell that its place
+/// is free, for `arrivals`. The caller synchronizes before they are used.
+#[cube]
+pub(crate) fn barrier_row(#[comptime] count: usize, #[comptime] arrivals: u32) -> Shared<[Barrier]> {
+    let all: Shared<[Barrier]> = Shared::new_aligned_slice(comptime!(2 * count), BARRIER);
+    if UNIT_POS == 0 {
+        #[unroll]
+        for x in 0..comptime!(2 * count) {
+            all[x].init_manual(comptime!(if x < count { 1 } else { arrivals }));
+        }
+    }
+    all
+}
+
+/// Address of barrier `number + stage` from that of the first. In one block: the compiler would keep an address for every ring, and
+/// registers are short.
+#[cube]
+pub(crate) fn barrier_at(first: u32, stage: u32, #[comptime] number: usize) -> u32 {
+    let (first, stage) = (value_of::<u32>(first), value_of::<u32>(stage));
+    let offset = comptime!(BARRIER * number);
+    let out: u32;
+    gpu_asm!(
+        "{{\n.reg .u32 here;\nmad.lo.u32 here, {stage}, {BARRIER}, {first};\nadd.u32 {out}, here, {offset};\n}}",
+        out = out(_) out, stage = in(_) stage, first = in(_) first, options(pure, nomem),
+    );
+    out
+}
+
 /// Addresses of barriers, taken once.
 #[cube]
 pub(crate) fn addresses(barriers: &Sequence<Shared<Barrier>>, #[comptime] count: usize) -> Sequence<u32> {
@@ -68,7 +100,8 @@ pub(crate) fn address_at(addresses: &Sequence<u32>, stage: u32, #[comptime] stag
     address
 }
 
-/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements; zeros past the ends.
+/// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements that are `rows` rows apart; zeros
+/// past the ends.
 #[cube]
 pub(crate) fn copy_pieces<E: Float>(
     from: &TensorMap<E, Tiled>,

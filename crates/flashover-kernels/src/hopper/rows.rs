@@ -4,10 +4,11 @@
 
 use cubecl::prelude::*;
 
+use super::place::{Heads, Place, head_at, query_at};
 use super::ptx::Accumulator;
 use crate::block_plan::flat::bit_word;
 use crate::dropout::dropout_keeps;
-use crate::family::element::{Head, Numbers, position, row_hash};
+use crate::family::element::{Numbers, position, row_hash};
 use crate::family::ptx::{exp2, value_of};
 use crate::family::score_function::with_function;
 use crate::family::walk::Step;
@@ -16,16 +17,6 @@ use crate::score::{Alibi, Bias, Position, ScoreCode, ScoreFunction, Softcap};
 /// Growth of the maximum, in powers of 2, up to which what was accumulated is not rescaled (FlashAttention-4's conditional
 /// rescaling): weights then reach 2⁸, which every 16-bit type holds without loss of precision.
 const SLACK: f32 = 8.0;
-
-/// Where a thread stands.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Place {
-    /// Its first row as a query; the other is 8 further.
-    pub i: u32,
-    /// Its first column in each group of 8; the other is the next.
-    pub column: u32,
-}
 
 /// Online softmax of a thread's two rows. `m` is in the unit of the scores, `l` of this thread's columns only.
 #[derive(CubeType, Clone, Copy)]
@@ -68,28 +59,32 @@ pub(crate) fn hide<N: Size>(
     s: &mut Accumulator<N>,
     place: Place,
     step: Step,
-    at: Head,
+    heads: Heads,
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bits: bool,
     #[comptime] bk: usize,
 ) {
+    let words = comptime!(bk.div_ceil(32));
+    let mut bits = Array::<u32>::new(comptime!(2 * words));
+    if with_bits {
+        read_bits(&mut bits, place, step, heads, scratch, n, words);
+    }
     #[unroll]
     for r in 0..2usize {
-        let a = position(place.i + comptime!(8 * r as u32), n);
+        let at = head_at(heads, r);
+        let a = position(query_at(place, r), n);
         // As `band_allows`, with the bounds of a row taken once. Rows past the end hide nothing: they are not stored.
         let from = step.j0 as i32 + place.column as i32;
         let first = max(a - n.left, 0i32) - from;
         let end = min(a + min(n.right, n.ahead), at.keys - 1) + 1 - from;
         let sinks = min(min(n.sinks, a + n.ahead + 1), at.keys) - from;
         #[unroll]
-        for word in 0..comptime!(bk.div_ceil(32)) {
+        for word in 0..words {
             let before = comptime!(32 * word as i32);
             let mut seen = ones(first - before, end - before) | ones(0i32, sinks - before);
             if with_bits {
-                if n.mask_at != 0 || step.bits != 0 {
-                    seen &= seen_bits(place, step, at, scratch, n, r, word) >> place.column;
-                }
+                seen &= bits[comptime!(r * words + word)] >> place.column;
             }
             #[unroll]
             for x in 0..comptime!(8.min((bk - 32 * word) / 4)) {
@@ -115,32 +110,49 @@ fn ones(start: i32, end: i32) -> u32 {
     out
 }
 
-/// What a dense mask and the bits of a plan let a row see of the 32 keys of a word.
+/// What a dense mask and the bits of a plan let a thread's rows see, `words` words a row. All are asked for before any is needed: one
+/// after another they would take longer than the product.
 #[cube]
-fn seen_bits(
+fn read_bits(
+    bits: &mut Array<u32>,
     place: Place,
     step: Step,
-    at: Head,
+    heads: Heads,
     scratch: &[u32],
     n: Numbers,
-    #[comptime] r: usize,
-    #[comptime] word: usize,
-) -> u32 {
-    // What lies past the ends has no word; keys are hidden by then, rows are not stored.
-    let i = min(place.i + comptime!(8 * r as u32), n.seq_q - 1);
-    let j0 = step.j0 + comptime!(32 * word as u32);
-    let mut seen = 0xFFFF_FFFFu32.runtime();
-    if n.mask_at != 0 && j0 < n.seq_kv {
-        let bit = j0 * n.mask_key;
-        let mask = scratch[at.mask_at + i as usize * n.mask_query + (bit / 32u32) as usize];
-        // A mask that is broadcast along the keys has one bit for all.
-        seen = select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
+    #[comptime] words: usize,
+) {
+    let all = 0xFFFF_FFFFu32;
+    #[unroll]
+    for x in 0..comptime!(2 * words) {
+        bits[x] = all.runtime();
     }
     if step.bits != 0 {
-        let at = bit_word(0u32, step.row_words, i - step.i0, comptime!(32 * word as u32));
-        seen &= scratch[step.bits + at as usize];
+        #[unroll]
+        for x in 0..comptime!(2 * words) {
+            let (i, column) = (row_of(place, n, comptime!(x / words)), comptime!(32 * (x % words) as u32));
+            let word = bit_word(0u32, step.row_words, i - step.i0, column);
+            bits[x] = scratch[step.bits + word as usize];
+        }
     }
-    seen
+    // Keys past the end have no bits; their position hides them.
+    if n.mask_at != 0 && step.j0 < n.seq_kv {
+        #[unroll]
+        for x in 0..comptime!(2 * words) {
+            let (i, j0) = (row_of(place, n, comptime!(x / words)), step.j0 + comptime!(32 * (x % words) as u32));
+            let bit = min(j0, n.seq_kv - 1) * n.mask_key;
+            let at = head_at(heads, comptime!(x / words)).mask_at;
+            let mask = scratch[at + i as usize * n.mask_query + (bit / 32u32) as usize];
+            // A mask that is broadcast along the keys has one bit for all.
+            bits[x] &= select(n.mask_key == 0, 0u32 - (mask & 1u32), mask);
+        }
+    }
+}
+
+/// The query of row `r` of a thread. What lies past the end has no bits; such rows are not stored.
+#[cube]
+fn row_of(place: Place, n: Numbers, #[comptime] r: usize) -> u32 {
+    min(query_at(place, r), n.seq_q - 1)
 }
 
 /// Products become scores: scale, then softcap, then ALiBi and bias, as [`score`](crate::family::element::score) does it,
@@ -151,7 +163,7 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
     s: &mut Accumulator<N>,
     place: Place,
     step: Step,
-    at: Head,
+    heads: Heads,
     scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
@@ -166,13 +178,14 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
     if n.softcap > 0.0f32 {
         #[unroll]
         for e in 0..comptime!(bk / 2) {
-            s.insert(e, Softcap::value(s.extract(e), element_position(place, step, at, n, e), n.softcap));
+            s.insert(e, Softcap::value(s.extract(e), element_position(place, step, heads, n, e), n.softcap));
         }
     }
     if n.slopes_at != 0 {
         #[unroll]
         for e in 0..comptime!(bk / 2) {
-            s.insert(e, Alibi::value(s.extract(e), element_position(place, step, at, n, e), at.slope));
+            let slope = head_at(heads, comptime!((e / 2) % 2)).slope;
+            s.insert(e, Alibi::value(s.extract(e), element_position(place, step, heads, n, e), slope));
         }
     }
     if with_bias {
@@ -180,19 +193,20 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
         let (rows, columns) = (bias.stride(2), bias.stride(3));
         #[unroll]
         for e in 0..comptime!(bk / 2) {
-            let here = element_position(place, step, at, n, e);
+            let here = element_position(place, step, heads, n, e);
             // A bias has no element for what lies past the ends.
-            let i = min(place.i + comptime!(8 * ((e / 2) % 2) as u32), n.seq_q - 1);
+            let i = min(query_at(place, comptime!((e / 2) % 2)), n.seq_q - 1);
             let j = min(here.j as u32, n.seq_kv - 1);
-            let b = bias[at.bias_at + i as usize * rows + j as usize * columns];
+            let b = bias[head_at(heads, comptime!((e / 2) % 2)).bias_at + i as usize * rows + j as usize * columns];
             s.insert(e, Bias::value(s.extract(e), here, f32::cast_from(b)));
         }
     }
     if comptime!(function.is_some()) {
         #[unroll]
         for e in 0..comptime!(bk / 2) {
-            let i = place.i + comptime!(8 * ((e / 2) % 2) as u32);
+            let i = query_at(place, comptime!((e / 2) % 2));
             let j = step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32);
+            let at = head_at(heads, comptime!((e / 2) % 2));
             s.insert(e, with_function(s.extract(e), i, j, at, scratch, n, function));
         }
     }
@@ -200,11 +214,12 @@ pub(crate) fn shape_scores<E: Float, N: Size>(
 
 /// Where element `e` of a thread's scores stands.
 #[cube]
-fn element_position(place: Place, step: Step, at: Head, n: Numbers, #[comptime] e: usize) -> Position {
+fn element_position(place: Place, step: Step, heads: Heads, n: Numbers, #[comptime] e: usize) -> Position {
+    let at = head_at(heads, comptime!((e / 2) % 2));
     Position {
         batch: at.batch,
         head: at.head,
-        a: position(place.i + comptime!(8 * ((e / 2) % 2) as u32), n),
+        a: position(query_at(place, comptime!((e / 2) % 2)), n),
         j: (step.j0 + place.column + comptime!((8 * (e / 4) + e % 2) as u32)) as i32,
     }
 }
@@ -322,12 +337,12 @@ pub(crate) fn drop_weights<N: Size>(
     s: &mut Accumulator<N>,
     place: Place,
     step: Step,
-    at: Head,
+    heads: Heads,
     n: Numbers,
     #[comptime] bk: usize,
 ) {
     if n.threshold != 0 {
-        drop_elements::<N>(s, place, step, at, n, bk);
+        drop_elements::<N>(s, place, step, heads, n, bk);
     }
 }
 
@@ -336,12 +351,14 @@ fn drop_elements<N: Size>(
     s: &mut Accumulator<N>,
     place: Place,
     step: Step,
-    at: Head,
+    heads: Heads,
     n: Numbers,
     #[comptime] bk: usize,
 ) {
-    let head = at.batch * n.heads_q + at.head;
-    let (hash0, hash1) = (row_hash(head, place.i, n), row_hash(head, place.i + 8, n));
+    let batch_heads = heads.first.batch * n.heads_q;
+    let head0 = batch_heads + heads.first.head;
+    let head1 = if comptime!(place.packed) { batch_heads + heads.other.head } else { head0 };
+    let (hash0, hash1) = (row_hash(head0, place.i, n), row_hash(head1, query_at(place, 1usize), n));
     #[unroll]
     for e in 0..comptime!(bk / 2) {
         let hash = if comptime!((e / 2) % 2 == 0) { hash0 } else { hash1 };

@@ -13,12 +13,12 @@ const TILE_COST: usize = 2;
 /// Works after which no section is looked at any more.
 const WORKS: usize = 8192;
 
-/// Heads of a section, for `cubes` cubes.
+/// Heads of a section, packed ones counted as one, for `cubes` cubes.
 pub(crate) fn section(problem: &Problem, cfg: HopperConfig, cubes: usize) -> usize {
     let Problem { batch, heads_q, seq_kv, head_dim, value_dim, element, .. } = *problem;
-    let heads = batch * heads_q;
+    let heads = batch * heads_q / cfg.packed;
     let bytes = seq_kv * (head_dim + value_dim) * element.bytes();
-    let cached = (CACHE_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group()).clamp(1, heads);
+    let cached = (CACHE_BYTES / bytes.max(1)).max(1).saturating_mul(problem.group() / cfg.packed).clamp(1, heads);
     let costs = tile_costs(problem, cfg);
     // Where all tiles cost the same, or each cube takes one, the order does not matter for their ends.
     if problem.plan.is_some() || costs.iter().all(|&cost| cost == costs[0]) || heads * costs.len() <= cubes {
@@ -40,8 +40,8 @@ pub(crate) fn section(problem: &Problem, cfg: HopperConfig, cubes: usize) -> usi
     best.1
 }
 
-/// What each query tile of a head costs, in steps, as far as the band tells: key lengths are not known here.
-fn tile_costs(problem: &Problem, cfg: HopperConfig) -> Vec<usize> {
+/// What each query tile of a head, or of heads that share their tiles, costs, in steps, as far as the band tells: key lengths are not known here.
+pub(super) fn tile_costs(problem: &Problem, cfg: HopperConfig) -> Vec<usize> {
     let (ahead, left, right, sinks) = problem.band.scalars();
     let (ahead, left, right, sinks) = (ahead as i64, left as i64, right as i64, sinks as i64);
     let (shift, keys, bk) = (problem.alignment() as i64, problem.seq_kv as i64, cfg.bk as i64);

@@ -49,33 +49,50 @@ pub(crate) fn store_rows<N: Size>(
     #[comptime] dim: usize,
     #[comptime] whole: bool,
 ) {
+    #[unroll]
+    for r in 0..2usize {
+        let Place { row, column, first, rows, width } = place;
+        let own = Place { row: row + comptime!(8 * r as u32), column, first, rows, width };
+        store_row::<N>(acc, factors, own, to, r, rest, element, dim, whole);
+    }
+}
+
+/// [`store_rows`] of one of a thread's two rows, as row `place.row`.
+#[cube]
+pub(crate) fn store_row<N: Size>(
+    acc: Accumulator<N>,
+    factors: Factors,
+    place: Place,
+    to: &mut [Vector<u32, Const<2>>],
+    #[comptime] r: usize,
+    #[comptime] rest: bool,
+    #[comptime] element: Element,
+    #[comptime] dim: usize,
+    #[comptime] whole: bool,
+) {
     let row = (place.width / 4) as usize;
     let odd = place.column / 2 % 2 == 1;
     let group = place.column / 2 % 2;
+    let factor = if comptime!(r == 0) { factors.factor0 } else { factors.factor1 };
+    let some = if comptime!(r == 0) { factors.some0 } else { factors.some1 };
+    let at = (place.first + place.row as usize) * row + (2 * group + place.column / 4) as usize;
+    let line = unsafe { to[at..at + comptime!(dim / 4)].as_ptr_unchecked() };
+    let mut fours = Array::<Vector<u32, Const<2>>>::new(comptime!(dim / 16));
     #[unroll]
-    for r in 0..2usize {
-        let factor = if comptime!(r == 0) { factors.factor0 } else { factors.factor1 };
-        let some = if comptime!(r == 0) { factors.some0 } else { factors.some1 };
-        let i = place.row + comptime!(8 * r as u32);
-        let at = (place.first + i as usize) * row + (2 * group + place.column / 4) as usize;
-        let line = unsafe { to[at..at + comptime!(dim / 4)].as_ptr_unchecked() };
-        let mut fours = Array::<Vector<u32, Const<2>>>::new(comptime!(dim / 16));
+    for two in 0..comptime!(dim / 16) {
+        let own0 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two), rest, element);
+        let own1 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two + 1), rest, element);
+        let got = plane_shuffle_xor(select(odd, own0, own1), 1u32);
+        let mut four = Vector::<u32, Const<2>>::new(0u32);
+        four.insert(0usize, select(odd, got, own0));
+        four.insert(1usize, select(odd, own1, got));
+        fours[two] = four;
+    }
+    if place.row < place.rows {
         #[unroll]
         for two in 0..comptime!(dim / 16) {
-            let own0 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two), rest, element);
-            let own1 = rounded_pair::<N>(acc, factor, some, r, comptime!(2 * two + 1), rest, element);
-            let got = plane_shuffle_xor(select(odd, own0, own1), 1u32);
-            let mut four = Vector::<u32, Const<2>>::new(0u32);
-            four.insert(0usize, select(odd, got, own0));
-            four.insert(1usize, select(odd, own1, got));
-            fours[two] = four;
-        }
-        if i < place.rows {
-            #[unroll]
-            for two in 0..comptime!(dim / 16) {
-                if comptime!(whole) || (comptime!(2 * two as u32) + group) * 8 < place.width {
-                    store_four(line, fours[two], comptime!(32 * two));
-                }
+            if comptime!(whole) || (comptime!(2 * two as u32) + group) * 8 < place.width {
+                store_four(line, fours[two], comptime!(32 * two));
             }
         }
     }

@@ -12,7 +12,7 @@ use super::products::{accumulate, product};
 use super::ptx::{Fragment, Sums, commit_copies, copy_word_async, shared_address, wait_copies};
 use super::steps::{step_at, visible_from};
 use super::store::store_rows;
-use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use super::tile::{PIECE, Rows, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of};
 use crate::family::ptx::global_address;
 use crate::family::walk::{Side, query_walk, work_of};
@@ -47,8 +47,10 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     let group = n.heads_q / n.heads_kv;
 
     // Keys (later dk), values (later dv), then the stages: queries, gradients of outputs, and statistics.
-    let (q_bytes, do_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
-    let (k_bytes, v_bytes) = comptime!((tile.rows() * pitch(c.head_dim), tile.rows() * pitch(c.value_dim)));
+    let (q_bytes, do_bytes) =
+        comptime!((tile.cols * pitch(c.head_dim, c.element), tile.cols * pitch(c.value_dim, c.element)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.rows() * pitch(c.head_dim, c.element), tile.rows() * pitch(c.value_dim, c.element)));
     let stage_bytes = comptime!(q_bytes + do_bytes + statistics_bytes(&tile));
     let memory = Shared::<[Fragment]>::new_aligned_slice(
         comptime!((k_bytes + v_bytes + STAGES * stage_bytes) / PIECE),
@@ -61,12 +63,12 @@ pub(crate) fn backward_keys_kernel<E: Float>(
     let lane = UNIT_POS % comptime!(WARP as u32);
     // This lane's first row and column of every block of sums.
     let (row, column) = (j0 + warp_row + lane / 4, lane % 4 * 2);
-    let k_place = row_place(k_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
-    let v_place = row_place(v_at + warp_row * comptime!(pitch(c.value_dim) as u32), c.value_dim);
-    let q_place = column_place(stage_at, c.head_dim);
-    let q_rows_place = row_place(stage_at, c.head_dim);
-    let do_place = column_place(stage_at + comptime!(q_bytes as u32), c.value_dim);
-    let do_rows_place = row_place(stage_at + comptime!(q_bytes as u32), c.value_dim);
+    let k_place = row_place(k_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let v_place = row_place(v_at + warp_row * comptime!(pitch(c.value_dim, c.element) as u32), c.value_dim, c.element);
+    let q_place = column_place(stage_at, c.head_dim, c.element);
+    let q_rows_place = depth_place(stage_at, c.head_dim, c.element);
+    let do_place = column_place(stage_at + comptime!(q_bytes as u32), c.value_dim, c.element);
+    let do_rows_place = depth_place(stage_at + comptime!(q_bytes as u32), c.value_dim, c.element);
     let statistics = stage_at + comptime!((q_bytes + do_bytes) as u32) + column * 4;
 
     let mut acc_k = Array::<Sums>::new(comptime!(if with_dk { blocks * c.head_dim / COLS } else { 1 }));
@@ -223,9 +225,9 @@ pub(crate) fn load_queries<E: Float>(
 ) {
     let tile = comptime!(c.tile);
     load_rows::<E>(q, q_rows, i0, to, tile.cols, c.head_dim, c.q_pieces, tile.units(), c.element);
-    let to = to + comptime!((tile.cols * pitch(c.head_dim)) as u32);
+    let to = to + comptime!((tile.cols * pitch(c.head_dim, c.element)) as u32);
     load_rows::<E>(d_o, do_rows, i0, to, tile.cols, c.value_dim, c.do_pieces, tile.units(), c.element);
-    let to = to + comptime!((tile.cols * pitch(c.value_dim)) as u32);
+    let to = to + comptime!((tile.cols * pitch(c.value_dim, c.element)) as u32);
     if UNIT_POS < comptime!(2 * tile.cols as u32) {
         let (of_delta, r) = (UNIT_POS / comptime!(tile.cols as u32), UNIT_POS % comptime!(tile.cols as u32));
         let section = select(of_delta != 0, n.delta_at, n.lse_at);

@@ -14,7 +14,7 @@ use super::ptx::{Fragment, Sums, commit_copies, row_sum, shared_address, wait_co
 use super::scores::{hide, query_and_key, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
-use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
+use super::tile::{PIECE, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash};
 use crate::family::ptx::exp2;
 use crate::family::walk::{Side, key_walk, work_of};
@@ -51,8 +51,10 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     let do_rows = head_rows::<E>(d_o, b, h, n.seq_q, n.value_dim);
 
     // Queries (later dq), the gradients of their outputs, then the stages: keys and values.
-    let (k_bytes, v_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
-    let (q_bytes, do_bytes) = comptime!((tile.rows() * pitch(c.head_dim), tile.rows() * pitch(c.value_dim)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.cols * pitch(c.head_dim, c.element), tile.cols * pitch(c.value_dim, c.element)));
+    let (q_bytes, do_bytes) =
+        comptime!((tile.rows() * pitch(c.head_dim, c.element), tile.rows() * pitch(c.value_dim, c.element)));
     let memory = Shared::<[Fragment]>::new_aligned_slice(
         comptime!((q_bytes + do_bytes + STAGES * (k_bytes + v_bytes)) / PIECE),
         comptime!(PIECE),
@@ -65,11 +67,12 @@ pub(crate) fn backward_queries_kernel<E: Float>(
     // This lane's first row and column of every block of sums.
     let quarter = lane % 4;
     let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
-    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
-    let do_place = row_place(do_at + warp_row * comptime!(pitch(c.value_dim) as u32), c.value_dim);
-    let k_place = column_place(stage_at, c.head_dim);
-    let k_rows_place = row_place(stage_at, c.head_dim);
-    let v_place = column_place(stage_at + comptime!(k_bytes as u32), c.value_dim);
+    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let do_place =
+        row_place(do_at + warp_row * comptime!(pitch(c.value_dim, c.element) as u32), c.value_dim, c.element);
+    let k_place = column_place(stage_at, c.head_dim, c.element);
+    let k_rows_place = depth_place(stage_at, c.head_dim, c.element);
+    let v_place = column_place(stage_at + comptime!(k_bytes as u32), c.value_dim, c.element);
 
     let mut acc = Array::<Sums>::new(comptime!(blocks * c.head_dim / COLS)); // dq [16 · blocks, D]
     #[unroll]

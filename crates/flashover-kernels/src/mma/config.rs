@@ -38,8 +38,6 @@ pub struct MmaTile {
     pub cols: usize,
     /// Columns whose scores a forward holds in registers at a time.
     pub part: usize,
-    /// Which form of the kernel: 0 the general one. (Temporary.)
-    pub lean: usize,
 }
 
 impl MmaTile {
@@ -56,6 +54,22 @@ impl MmaTile {
     /// Rows and columns.
     pub(crate) const fn shape(&self) -> TileShape {
         TileShape { rows: self.rows(), cols: self.cols }
+    }
+
+    /// Whether a forward needs no more than the [plain](super::forward_plain) kernel has: elements of 16 bits, no options, no plan, no dense
+    /// mask, and whole tiles of keys and of values copied in passes in which each unit takes one 16-byte piece and keeps its column. Padded,
+    /// the dimensions are then 16, 32, 64, 128 or 256.
+    pub(crate) fn has_plain_form(&self, problem: &Problem) -> bool {
+        let in_passes = |dim: usize| {
+            let per_row = padded(dim) / PIECE_LEN;
+            self.units().is_multiple_of(per_row) && self.cols.is_multiple_of(self.units() / per_row)
+        };
+        problem.element != Element::F32
+            && !has_options(problem)
+            && problem.plan.is_none()
+            && problem.mask.is_none()
+            && in_passes(problem.head_dim)
+            && in_passes(problem.value_dim)
     }
 
     /// Shared memory in bytes of a forward's cube: the queries, whose place the output takes, and stages of keys and values.
@@ -86,7 +100,8 @@ impl core::fmt::Display for MmaTile {
 
 /// Bytes between rows of keys and of values in shared memory.
 fn pitches(problem: &Problem) -> (usize, usize) {
-    (pitch(padded(problem.head_dim)), pitch(padded(problem.value_dim)))
+    let of = |dim| pitch(padded(dim), problem.element);
+    (of(problem.head_dim), of(problem.value_dim))
 }
 
 /// Bytes of a stage's log-sum-exps and deltas.
@@ -108,12 +123,15 @@ pub struct MmaConfig {
 impl MmaConfig {
     /// The tiles for a problem, and why.
     pub fn of(problem: &Problem) -> (Self, &'static str) {
-        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols, lean: 0 };
+        let tile = |warps, blocks, cols| MmaTile { warps, blocks, cols, part: cols };
         let small_plan =
             problem.plan.is_some_and(|plan| !plan.tile.bq.is_multiple_of(128) || !plan.tile.bk.is_multiple_of(128));
         let (deep, small) = (tile(4, 1, 32), tile(4, 1, 64));
         let all = |tile| MmaConfig { forward: tile, queries: tile, keys: tile };
         let dim = padded(problem.head_dim.max(problem.value_dim));
+        if problem.element == Element::F32 {
+            return Self::of_f32(problem, dim, small_plan);
+        }
         // Which tile is fastest was measured: docs/measurements.md.
         if dim > WIDE {
             (all(deep), "more registers go to a row of so many elements")
@@ -130,6 +148,25 @@ impl MmaConfig {
             let large = MmaConfig { forward: tile(4, 2, 64), queries: narrow, keys: narrow };
             (large, "the tiles measured fastest for small heads")
         }
+    }
+
+    /// Those for elements of f32, which take twice the shared memory, and the registers of both their parts: up to 128 elements a row what
+    /// a forward takes fits twice into 200 KB.
+    fn of_f32(problem: &Problem, dim: usize, small_plan: bool) -> (Self, &'static str) {
+        let tile = |blocks, cols| MmaTile { warps: 4, blocks, cols, part: cols };
+        let (deep, small) = (tile(1, 16), tile(1, 32));
+        let (forward, backward, why) = if dim > WIDE {
+            (deep, deep, "more registers and memory go to a row of so many elements")
+        } else if dim > WIDE / 2 {
+            (small, deep, "two cubes of such heads share a multiprocessor")
+        } else if small_plan {
+            (small, small, "the tiles of the block plan are no multiple of larger ones")
+        } else if problem.seq_q <= small.rows() {
+            (small, small, "few queries")
+        } else {
+            (tile(2, 32), small, "small heads: values are taken apart once for two blocks of queries")
+        };
+        (MmaConfig { forward, queries: backward, keys: backward }, why)
     }
 
     /// Whether a tile of a plan consists of whole tiles, whichever way they lie.
@@ -174,13 +211,13 @@ pub(crate) struct Compiled {
     pub options: bool,
     /// The user's score function: one of the options.
     pub function: Option<ScoreCode>,
-    /// Whether this is a backward with fewer keys than [`FEW_KEYS`].
+    /// Whether this is a backward with fewer keys than [`FEW_KEYS`], of 16 bits each.
     pub few_keys: bool,
 }
 
 impl Compiled {
     pub fn of(problem: &Problem, tile: MmaTile, [q, k, v]: [&DeviceTensor; 3], do_: Option<&DeviceTensor>) -> Self {
-        let Problem { element, head_dim, value_dim, scale, softcap, alibi, score, dropout, .. } = *problem;
+        let Problem { element, head_dim, value_dim, score, .. } = *problem;
         Compiled {
             tile,
             element,
@@ -190,41 +227,112 @@ impl Compiled {
             k_pieces: in_pieces(k),
             v_pieces: in_pieces(v),
             do_pieces: do_.is_none_or(in_pieces),
-            // Folded into the exponent, the scale must keep the order of scores.
-            options: softcap.is_some()
-                || alibi
-                || problem.bias.is_some()
-                || score.is_some()
-                || dropout.is_some()
-                || scale as f32 <= f32::MIN_POSITIVE,
+            options: has_options(problem),
             function: score.map(|score| score.code),
-            few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS,
+            few_keys: do_.is_some() && problem.seq_kv < FEW_KEYS && element != Element::F32,
         }
+    }
+
+    /// Whether the forward is the [plain](super::forward_plain) one: of a [plain](MmaTile::has_plain_form) problem, keys and values
+    /// in 16-byte pieces, the rows of a tile within the 4 GB that a step in 32 bits reaches.
+    pub fn is_plain(&self, problem: &Problem, [k, v]: [&DeviceTensor; 2]) -> bool {
+        let near = |tensor: &DeviceTensor| tensor.strides[2].saturating_mul(2 * self.tile.cols) <= u32::MAX as usize;
+        self.tile.has_plain_form(problem) && self.k_pieces && self.v_pieces && near(k) && near(v)
     }
 }
 
-impl Compiled {
-    /// Whether only position and key lengths hide, only the scale changes scores, and a unit copies the same piece of many rows.
-    pub fn is_lean(&self, problem: &Problem) -> bool {
-        let walks = |dim: usize| {
-            self.tile.units().is_multiple_of(dim / PIECE_LEN)
-                && self.tile.cols.is_multiple_of(self.tile.units() / (dim / PIECE_LEN))
-        };
-        !self.options
-            && problem.plan.is_none()
-            && problem.mask.is_none()
-            && self.q_pieces
-            && self.k_pieces
-            && self.v_pieces
-            && walks(self.head_dim)
-            && walks(self.value_dim)
-    }
+/// Whether a score is more than a product by a positive scale, or its probability is dropped.
+fn has_options(problem: &Problem) -> bool {
+    let Problem { scale, softcap, alibi, score, dropout, .. } = *problem;
+    softcap.is_some()
+        || alibi
+        || problem.bias.is_some()
+        || score.is_some()
+        || dropout.is_some()
+        // Folded into the exponent, the scale must keep the order of scores.
+        || scale as f32 <= f32::MIN_POSITIVE
 }
 
 /// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.
 fn in_pieces(tensor: &DeviceTensor) -> bool {
+    let piece_len = PIECE / tensor.elem.size();
     let mut outer = tensor.shape.iter().zip(&tensor.strides).take(3);
-    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(PIECE_LEN));
+    let aligned = outer.all(|(&size, &stride)| size <= 1 || stride.is_multiple_of(piece_len));
     let offset = tensor.handle.offset_start.unwrap_or(0) as usize;
-    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(PIECE_LEN) && offset.is_multiple_of(PIECE)
+    aligned && tensor.strides[3] == 1 && tensor.shape[3].is_multiple_of(piece_len) && offset.is_multiple_of(PIECE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tile::DEPTH;
+    use super::*;
+    use crate::mask::Band;
+    use crate::problem::Precision;
+    use crate::score::{ScoreCode, ScoreUse, Softcap};
+
+    /// Shared memory that a cube can have on sm86 and sm89, sm80, and sm90.
+    const SM86: usize = 99 * 1024;
+    const SM80: usize = 163 * 1024;
+    const SM90: usize = 227 * 1024;
+
+    #[test]
+    fn tiles_of_f32_fit_the_shared_memory() {
+        for (dim, forward, backward) in [
+            (1, SM86, SM86),
+            (64, SM86, SM86),
+            (112, SM86, SM86),
+            (128, SM86, SM80),
+            (192, SM86, SM80),
+            (256, SM80, SM90),
+        ] {
+            for seq_q in [1, 300] {
+                let shape = |seq| [1, 2, seq, dim];
+                let plain = Problem::new(shape(seq_q), shape(300), shape(300), Element::F32).unwrap();
+                let problem = Problem { precision: Precision::Tf32x3, ..plain };
+                let (config, why) = MmaConfig::of(&problem);
+                let (queries, keys) =
+                    (config.queries.queries_shared_bytes(&problem), config.keys.keys_shared_bytes(&problem));
+                let found = config.forward.forward_shared_bytes(&problem);
+                assert!(found <= forward && queries.max(keys) <= backward, "{dim}: {found}, {queries}, {keys}; {why}");
+                assert_eq!(config.shared_bytes(&problem), found.max(queries).max(keys));
+            }
+        }
+    }
+
+    fn has_plain_form(problem: &Problem) -> bool {
+        MmaConfig::of(problem).0.forward.has_plain_form(problem)
+    }
+
+    #[test]
+    fn options_plans_and_masks_have_no_plain_form() {
+        let shape = [2, 4, 300, 64];
+        let plain = Problem::new(shape, shape, shape, Element::BF16).unwrap();
+        let band = Band { causal: true, left: 100, sinks: 4, ..Band::default() };
+        let hidden = Problem { band, key_lengths: true, learned_sinks: true, ..plain.clone() };
+        assert!(has_plain_form(&plain) && has_plain_form(&hidden));
+        let score = ScoreUse { code: ScoreCode::of::<Softcap>(), parameters: 1 };
+        for (what, problem) in [
+            ("softcap", Problem { softcap: Some(3.0), ..plain.clone() }),
+            ("alibi", Problem { alibi: true, ..plain.clone() }),
+            ("bias", Problem { bias: Some([1, 1, 300, 300]), ..plain.clone() }),
+            ("mask", Problem { mask: Some([1, 1, 300, 300]), ..plain.clone() }),
+            ("score", Problem { score: Some(score), ..plain.clone() }),
+            ("negative scale", Problem { scale: -1.0, ..plain.clone() }),
+            ("scale 0", Problem { scale: 0.0, ..plain.clone() }),
+        ] {
+            assert!(!has_plain_form(&problem), "{what}");
+        }
+    }
+
+    #[test]
+    fn rows_of_a_power_of_two_have_a_plain_form() {
+        let dims = (1..=crate::problem::MAX_HEAD_DIM).filter(|&d| d.next_multiple_of(DEPTH).is_power_of_two());
+        let all: Vec<_> = (1..=crate::problem::MAX_HEAD_DIM)
+            .filter(|&d| {
+                let shape = [1, 1, 300, d];
+                has_plain_form(&Problem::new(shape, shape, [1, 1, 300, 64], Element::F16).unwrap())
+            })
+            .collect();
+        assert_eq!(all, dims.collect::<Vec<_>>());
+    }
 }

@@ -16,9 +16,9 @@ use super::ptx::{Fragment, Sums, any_lane, commit_copies, row_maximum, row_sum, 
 use super::scores::{all_scores, hide, place, row_index};
 use super::steps::{follow, no_step, step_at, visible_from};
 use super::store::store_rows;
-use super::tile::{PIECE, Rows, column_place, head_rows, load_rows, pitch, row_place};
+use super::tile::{PIECE, Rows, column_place, depth_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of, is_minus_infinity, row_hash, where_kept};
-use crate::family::ptx::exp2;
+use crate::family::ptx::{exp2, value_of};
 use crate::family::walk::{Side, key_walk, work_of};
 
 /// `log₂ e`: exponentials are taken to the base 2.
@@ -60,8 +60,9 @@ pub(crate) fn forward_kernel<E: Float>(
     let v_rows = head_rows::<E>(v, b, kv, n.seq_kv, n.value_dim);
 
     // Queries (later the output), then the stages: keys and values.
-    let (k_bytes, v_bytes) = comptime!((tile.cols * pitch(c.head_dim), tile.cols * pitch(c.value_dim)));
-    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim)));
+    let (k_bytes, v_bytes) =
+        comptime!((tile.cols * pitch(c.head_dim, c.element), tile.cols * pitch(c.value_dim, c.element)));
+    let q_bytes = comptime!(tile.rows() * pitch(c.head_dim.max(c.value_dim), c.element));
     let memory = Shared::<[Fragment]>::new_aligned_slice(
         comptime!((q_bytes + STAGES * (k_bytes + v_bytes)) / PIECE),
         comptime!(PIECE),
@@ -73,9 +74,9 @@ pub(crate) fn forward_kernel<E: Float>(
     // This lane's first row and column of every block of sums.
     let quarter = lane % 4;
     let (row, column) = (i0 + warp_row + lane / 4, quarter * 2);
-    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim) as u32), c.head_dim);
-    let k_place = column_place(stage_at, c.head_dim);
-    let v_place = row_place(stage_at + comptime!(k_bytes as u32), c.value_dim);
+    let q_place = row_place(q_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let k_place = column_place(stage_at, c.head_dim, c.element);
+    let v_place = depth_place(stage_at + comptime!(k_bytes as u32), c.value_dim, c.element);
 
     let mut acc = Array::<Sums>::new(comptime!(blocks * value_blocks)); // o [16 · blocks, Dv]
     #[unroll]
@@ -120,7 +121,7 @@ pub(crate) fn forward_kernel<E: Float>(
         #[unroll]
         for number in 0..comptime!(tile.cols / tile.part) {
             let mut s = Array::<Sums>::new(comptime!(blocks * col_blocks));
-            let down = comptime!((number * tile.part * pitch(c.head_dim)) as u32);
+            let down = comptime!((number * tile.part * pitch(c.head_dim, c.element)) as u32);
             product(&mut s, q_place, k_place + stage + down, c.head_dim, part.tile, c.element); // s = q · kᵀ
 
             if comptime!(number == 0) {
@@ -147,7 +148,7 @@ pub(crate) fn forward_kernel<E: Float>(
             for x in 0..comptime!(blocks * col_blocks) {
                 weights(&mut s, &m, &mut l, &hash, unit, column, x, n, part);
             }
-            let down = comptime!((number * tile.part * pitch(c.value_dim)) as u32);
+            let down = comptime!((number * tile.part * pitch(c.value_dim, c.element)) as u32);
             accumulate(&mut acc, &s, v_place + stage + down, c.value_dim, part); // o += p · v
         }
         stage = other;
@@ -159,26 +160,13 @@ pub(crate) fn forward_kernel<E: Float>(
     let mut norm = Array::<f32>::new(comptime!(2 * blocks));
     #[unroll]
     for x in 0..comptime!(2 * blocks) {
-        let mut sum = row_sum(l[x]);
         // In natural units from here on.
         let mut top = m[x];
         if comptime!(!c.options) {
             top = m[x] * n.scale;
         }
-        let mut shrink = 1.0f32;
-        if n.sinks_at != 0 {
-            // A learned sink is one more score that has no value.
-            let sink = f32::reinterpret(scratch[n.sinks_at + h as usize]);
-            let higher = max(top, sink);
-            if !is_minus_infinity(higher) {
-                shrink = exp2((top - higher) * LOG2_E);
-                sum = sum * shrink + exp2((sink - higher) * LOG2_E);
-                top = higher;
-            }
-        }
-        // A row that saw nothing has a sum of 0.
-        let seen = u32::reinterpret(sum) != 0u32;
-        norm[x] = select(seen, shrink / sum, 0.0f32);
+        let (factor, row_lse) = finish_row(row_sum(l[x]), top, h, scratch, n);
+        norm[x] = factor;
         if comptime!(c.options) {
             norm[x] *= n.factor; // by which dropout grows what it keeps
         }
@@ -186,7 +174,7 @@ pub(crate) fn forward_kernel<E: Float>(
         if with_lse {
             if quarter == 0 && i < n.seq_q {
                 let to = head as usize * n.seq_q as usize + i as usize;
-                lse.as_mut().unwrap()[to] = select(seen, top + sum.ln(), n.minus_infinity);
+                lse.as_mut().unwrap()[to] = row_lse;
             }
         }
     }
@@ -199,8 +187,30 @@ pub(crate) fn forward_kernel<E: Float>(
     }
 }
 
+/// What a row's output is multiplied by, and its log-sum-exp. `sum` is that of its probabilities, `top` what their scores were
+/// taken from: −∞ where it saw nothing.
+#[cube]
+pub(crate) fn finish_row(sum: f32, top: f32, head: u32, scratch: &[u32], n: Numbers) -> (f32, f32) {
+    let mut sum = value_of::<f32>(sum);
+    let mut top = value_of::<f32>(top);
+    let mut shrink = 1.0f32;
+    if n.sinks_at != 0 {
+        // A learned sink is one more score that has no value.
+        let sink = f32::reinterpret(scratch[n.sinks_at + head as usize]);
+        let higher = max(top, sink);
+        if !is_minus_infinity(higher) {
+            shrink = exp2((top - higher) * LOG2_E);
+            sum = sum * shrink + exp2((sink - higher) * LOG2_E);
+            top = higher;
+        }
+    }
+    // A row that saw nothing has a sum of 0.
+    let seen = u32::reinterpret(sum) != 0u32;
+    (select(seen, shrink / sum, 0.0f32), select(seen, top + sum.ln(), n.minus_infinity))
+}
+
 /// Scores are taken from a maximum that may lag behind by a factor of the probabilities of 2 to this.
-const LAG: f32 = 8.0;
+pub(crate) const LAG: f32 = 8.0;
 
 /// Takes the scores' maxima, and where any has outgrown the old one by too much, moves there, and shrinks what was summed.
 #[cube]
@@ -252,7 +262,7 @@ fn finite(top: f32) -> f32 {
 
 /// Multiplies a row of the output.
 #[cube]
-fn shrink_row(acc: &mut Array<Sums>, shrink: f32, #[comptime] x: usize, #[comptime] c: Compiled) {
+pub(crate) fn shrink_row(acc: &mut Array<Sums>, shrink: f32, #[comptime] x: usize, #[comptime] c: Compiled) {
     let value_blocks = comptime!(c.value_dim / COLS);
     #[unroll]
     for col in 0..value_blocks {
@@ -304,7 +314,7 @@ fn weights(
 #[cube]
 fn load_values<E: Float>(v: &Tensor<E>, v_rows: Rows, j0: u32, stage: u32, #[comptime] c: Compiled) {
     let tile = comptime!(c.tile);
-    let to = stage + comptime!((tile.cols * pitch(c.head_dim)) as u32);
+    let to = stage + comptime!((tile.cols * pitch(c.head_dim, c.element)) as u32);
     load_rows::<E>(v, v_rows, j0, to, tile.cols, c.value_dim, c.v_pieces, tile.units(), c.element);
 }
 

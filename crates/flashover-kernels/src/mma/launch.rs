@@ -9,7 +9,7 @@ use super::backward_queries::backward_queries_kernel;
 use super::checks::check_limits;
 use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
-use super::lean::lean_forward_kernel;
+use super::forward_plain::forward_plain_kernel;
 use super::tile::padded;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan};
@@ -18,7 +18,7 @@ use crate::family::launcher::{Forward, Launcher, Outputs, binding_facts, cubes_o
 use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
-use crate::problem::Problem;
+use crate::problem::{Element, Problem};
 
 /// Attention forward: `o` `[B, Hq, Sq, Dv]` in the problem's element type and, if asked for, `lse` `[B, Hq, Sq]` in f32,
 /// both contiguous, and likewise what rounding took from `o`, which a [one-pass backward](super::backward_one_pass) asks for.
@@ -34,6 +34,12 @@ pub fn forward(
     config: MmaConfig,
 ) -> Result<(DeviceTensor, Option<DeviceTensor>, Option<DeviceTensor>), KernelError> {
     check_limits(problem, &DeviceLimits::of(client), config)?;
+    if with_rest && problem.element == Element::F32 {
+        return Err(KernelError::Form {
+            kernel: "forward_mma",
+            what: "elements of f32, of which rounding takes nothing",
+        });
+    }
     let tile = config.forward;
     let call = match Forward::prepare(client, problem, operands, plan, with_lse)? {
         ControlFlow::Continue(call) => call,
@@ -49,10 +55,10 @@ pub fn forward(
     let Forward { problem, operands: Operands { q, k, v, bias, .. }, scratch, o, lse, .. } = &call;
     launcher.note("forward_mma", &tile, bindings, tile.forward_shared_bytes(problem), tile.units());
     let c = Compiled::of(problem, tile, [q, k, v], None);
-    if tile.lean != 0 && c.is_lean(problem) {
+    if c.is_plain(problem, [k, v]) {
         // SAFETY: as below.
         unsafe {
-            lean_forward_kernel::launch_unchecked(
+            forward_plain_kernel::launch_unchecked(
                 client,
                 launcher.cubes(cubes_of(problem, Side::Queries, tile.shape())),
                 tile.dim(),
@@ -93,7 +99,7 @@ pub fn forward(
             bias.is_some(),
             with_lse,
             with_rest,
-            Compiled::of(problem, tile, [q, k, v], None),
+            c,
             q.elem,
         );
     }

@@ -6,9 +6,8 @@ use cubecl::prelude::*;
 
 use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
 use super::one_pass::one_pass_kernel;
-use super::one_pass_pairs::one_pass_pairs_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
-use super::tile::{PIECE, padded, pitch};
+use super::tile::{DEPTH, PIECE, padded, pitch};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan, check_rest};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
@@ -16,7 +15,7 @@ use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::tile_shape::TileShape;
 use crate::family::turn_buffer::TurnBuffer;
 use crate::operands::{Gradients, Operands};
-use crate::problem::Problem;
+use crate::problem::{Element, Problem};
 
 /// Buffers that its largest launch binds.
 pub(crate) const BINDINGS: usize = 11;
@@ -43,13 +42,16 @@ impl OnePass {
     /// Sizes for a problem on a device, and why; or what it has no form for.
     pub fn of(problem: &Problem, limits: &DeviceLimits) -> Result<(Self, &'static str), &'static str> {
         let (head_dim, value_dim) = (padded(problem.head_dim), padded(problem.value_dim));
+        if problem.element == Element::F32 {
+            return Err("elements of f32");
+        }
         if problem.seq_kv < FEW_KEYS {
             return Err("so few keys");
         }
         if head_dim.max(value_dim) > WIDE {
             return Err("head dimensions above 128");
         }
-        let tile = |warps| MmaTile { warps, blocks: 1, cols: 64, part: 64, lean: 0 };
+        let tile = |warps| MmaTile { warps, blocks: 1, cols: 64, part: 64 };
         let (warps, why) = match head_dim.max(value_dim) {
             ..=64 => (4, "two cubes of such heads share a multiprocessor"),
             _ => (8, "the registers of a multiprocessor hold dk and dv of 128 keys"),
@@ -70,14 +72,31 @@ impl OnePass {
         self.tile.shape().turned()
     }
 
-    /// Warps side by side over the queries of dq; the others have further elements of the head dimension.
-    pub(crate) const fn query_warps(&self) -> usize {
-        self.tile.cols / ROWS / self.query_blocks()
+    /// Whether the tile is one that pairs of warps can share, each pair with a barrier of the 16 that a cube has, beside three others.
+    const fn in_pairs(&self) -> bool {
+        let MmaTile { warps, blocks, cols, .. } = self.tile;
+        blocks == 1 && warps.is_multiple_of(2) && warps / 2 + 3 <= 16 && cols.is_multiple_of(2 * DEPTH)
     }
 
-    /// Blocks of 16 queries that a warp has of dq.
+    /// How a warp multiplies scores: two share 32 keys, each with half the queries.
+    pub(crate) const fn scores(&self) -> MmaTile {
+        let cols = self.tile.cols / 2;
+        MmaTile { warps: self.tile.warps / 2, blocks: 2, cols, part: cols }
+    }
+
+    /// Blocks of 16 queries that a warp has of dq: half of all.
     pub(crate) const fn query_blocks(&self) -> usize {
-        if self.tile.lean & 1 != 0 { 2 } else { 1 }
+        self.tile.cols / (2 * ROWS)
+    }
+
+    /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end: every second warp has the same queries.
+    pub(crate) const fn pairs(&self) -> usize {
+        (self.head_dim / DEPTH).div_ceil(self.tile.warps / 2)
+    }
+
+    /// Whether the pairs of all warps are those of the head dimension.
+    pub(crate) const fn even(&self) -> bool {
+        (self.head_dim / DEPTH).is_multiple_of(self.tile.warps / 2)
     }
 
     /// Blocks of sums that a warp has of dq.
@@ -85,34 +104,24 @@ impl OnePass {
         2 * self.pairs() * self.query_blocks()
     }
 
-    /// Warps two of which share 32 keys: how each multiplies scores.
-    pub(crate) const fn scores(&self) -> MmaTile {
-        MmaTile { warps: self.tile.warps / 2, blocks: 2, cols: self.tile.cols / 2, part: self.tile.cols / 2, lean: 0 }
-    }
-
-    /// Bytes of the weights that warps hand each other.
-    pub(crate) const fn weight_bytes(&self) -> usize {
-        if self.tile.lean & 1 != 0 { self.tile.rows() * self.tile.cols * 2 } else { 0 }
-    }
-
-    /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end.
-    pub(crate) const fn pairs(&self) -> usize {
-        (self.head_dim / 16).div_ceil(self.tile.warps / self.query_warps())
-    }
-
-    /// Whether the pairs of all warps are those of the head dimension.
-    pub(crate) const fn even(&self) -> bool {
-        (self.head_dim / 16).is_multiple_of(self.tile.warps / self.query_warps())
+    /// Bytes between rows in shared memory, the same for all elements that it takes.
+    const fn pitch(&self, dim: usize) -> usize {
+        pitch(dim, Element::BF16)
     }
 
     /// Bytes of a stage: queries, gradients of outputs, statistics.
     pub(crate) const fn stage_bytes(&self) -> usize {
-        self.tile.cols * (pitch(self.head_dim) + pitch(self.value_dim)) + statistics_bytes(&self.tile)
+        self.tile.cols * (self.pitch(self.head_dim) + self.pitch(self.value_dim)) + statistics_bytes(&self.tile)
     }
 
     /// Bytes of a tile of gradients of scores, a row a key.
     pub(crate) const fn ds_bytes(&self) -> usize {
-        self.tile.rows() * pitch(self.tile.cols)
+        self.tile.rows() * self.pitch(self.tile.cols)
+    }
+
+    /// Bytes of the weights that warps hand each other.
+    pub(crate) const fn weight_bytes(&self) -> usize {
+        self.tile.rows() * self.tile.cols * Element::BF16.bytes()
     }
 
     /// Bytes of a tile of dq in f32.
@@ -122,7 +131,7 @@ impl OnePass {
 
     /// Shared memory of a cube in bytes.
     pub const fn shared_bytes(&self) -> usize {
-        let own = self.tile.rows() * (pitch(self.head_dim) + pitch(self.value_dim));
+        let own = self.tile.rows() * (self.pitch(self.head_dim) + self.pitch(self.value_dim));
         own + STAGES * self.stage_bytes() + self.ds_bytes() + self.weight_bytes()
     }
 }
@@ -149,7 +158,7 @@ pub fn backward_one_pass(
     let limits = DeviceLimits::of(client);
     super::checks::check_limits(problem, &limits, super::MmaConfig::of(problem).0)?;
     let (own, _) = OnePass::of(problem, &limits).map_err(|what| KernelError::Form { kernel, what })?;
-    if (OnePass { tile: of.tile, ..own }) != of || of.shared_bytes() > limits.max_shared_bytes {
+    if (OnePass { tile: of.tile, ..own }) != of || !of.in_pairs() || of.shared_bytes() > limits.max_shared_bytes {
         return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: of.to_string() });
     }
     check_operands(problem, operands)?;
@@ -173,7 +182,7 @@ pub fn backward_one_pass(
     // Its memory may serve what follows.
     drop(rest);
     let Call { launcher, turns, scratch, layout, .. } = &call;
-    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape());
+    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape(), true);
     let sums =
         DeviceTensor::empty(client, &[query_tiles * of.sums_bytes() / size_of::<f32>()], f32::elem_type_native());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
@@ -242,35 +251,6 @@ impl Call<'_> {
         };
         // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
         // `Compiled` found rows aligned; the buffer of sums holds whole tiles.
-        if self.of.tile.lean & 1 != 0 {
-            // SAFETY: as below.
-            unsafe {
-                one_pass_pairs_kernel::launch_unchecked(
-                    self.launcher.client,
-                    self.launcher.cubes(batch * heads_kv * key_tiles),
-                    CubeDim::new_1d(self.of.tile.units() as u32),
-                    address,
-                    q.arg(),
-                    k.arg(),
-                    v.arg(),
-                    do_.arg(),
-                    bias.as_ref().map(DeviceTensor::arg).into(),
-                    self.scratch.buffer(),
-                    self.turns.words.buffer(),
-                    sums.buffer(),
-                    dk.buffer(),
-                    dv.buffer(),
-                    numbers(self.problem, &self.layout),
-                    section as u32,
-                    self.turns.lists(),
-                    bias.is_some(),
-                    self.of,
-                    self.c,
-                    q.elem,
-                );
-            }
-            return;
-        }
         unsafe {
             one_pass_kernel::launch_unchecked(
                 self.launcher.client,

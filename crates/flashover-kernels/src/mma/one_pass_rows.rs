@@ -75,7 +75,7 @@ pub(crate) fn finish_kernel<E: Float>(
         let (head, i0) = (place / tiles, (place % tiles * c.tile.cols) as u32);
         // Nobody has written where nobody came by.
         let seen = turns[place + 1] > 0;
-        let (query_warp, part) = (warp % comptime!(of.query_warps()), warp / comptime!(of.query_warps()));
+        let (half_of_queries, part) = (warp % 2, warp / 2);
         let from = ((place * blocks + x) * warps + warp) * WARP + g * 4;
         let (block, x) = (x / comptime!(2 * of.pairs()), x % comptime!(2 * of.pairs()));
         let first = (part * comptime!(2 * of.pairs()) + x) as u32 * comptime!(PIECE_LEN as u32);
@@ -93,7 +93,7 @@ pub(crate) fn finish_kernel<E: Float>(
         }
         #[unroll]
         for half in 0..2usize {
-            let i = i0 + ((query_warp * comptime!(of.query_blocks()) + block) * ROWS + g + 8 * half) as u32;
+            let i = i0 + ((half_of_queries * comptime!(of.query_blocks()) + block) * ROWS + g + 8 * half) as u32;
             let to = (head * n.seq_q as usize + i as usize) * n.head_dim as usize + first as usize;
             if i < n.seq_q && first < n.head_dim {
                 if n.head_dim.is_multiple_of(comptime!(PIECE_LEN as u32)) {

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::config::{COLS, Compiled, MmaTile, ROWS};
 use super::one_pass_launch::OnePass;
 use super::ptx::{Fragment, Sums, load_matrix, load_matrix_transposed, mma};
+use super::tf32::{accumulate_tf32, product_tf32};
 use super::tile::{DEPTH, PIECE, pitch};
 use crate::family::ptx::{pack, unpack};
 use crate::problem::Element;
@@ -20,6 +21,24 @@ pub(crate) fn product(
     #[comptime] tile: MmaTile,
     #[comptime] element: Element,
 ) {
+    if comptime!(element == Element::F32) {
+        product_tf32(s, a, b, dim, tile);
+    } else {
+        product_of_halves(s, a, b, dim, tile, element);
+    }
+}
+
+/// [`product`] of elements of 16 bits.
+#[cube]
+fn product_of_halves(
+    s: &mut Array<Sums>,
+    a: u32,
+    b: u32,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let pitch = comptime!(pitch(dim, element));
     let (blocks, col_blocks) = comptime!((tile.blocks, tile.cols / COLS));
     #[unroll]
     for x in 0..comptime!(blocks * col_blocks) {
@@ -30,11 +49,11 @@ pub(crate) fn product(
         let mut rows = Array::<Fragment>::new(blocks);
         #[unroll]
         for block in 0..blocks {
-            rows[block] = load_matrix(a, comptime!(block * ROWS * pitch(dim) + 2 * DEPTH * d));
+            rows[block] = load_matrix(a, comptime!(block * ROWS * pitch + 2 * DEPTH * d));
         }
         #[unroll]
         for pair in 0..comptime!(col_blocks / 2) {
-            let columns = load_matrix(b, comptime!(pair * 2 * COLS * pitch(dim) + 2 * DEPTH * d));
+            let columns = load_matrix(b, comptime!(pair * 2 * COLS * pitch + 2 * DEPTH * d));
             #[unroll]
             for block in 0..blocks {
                 let x = comptime!(block * col_blocks + 2 * pair);
@@ -45,7 +64,7 @@ pub(crate) fn product(
     }
 }
 
-/// `acc += weights · b`: the columns of `weights`, rounded, are the rows of `b`, at [`row_place`](super::tile::row_place). With
+/// `acc += weights · b`: the columns of `weights`, rounded, are the rows of `b`, at [`depth_place`](super::tile::depth_place). With
 /// few keys, what rounding takes is multiplied too.
 #[cube]
 pub(crate) fn accumulate(
@@ -55,6 +74,23 @@ pub(crate) fn accumulate(
     #[comptime] dim: usize,
     #[comptime] c: Compiled,
 ) {
+    if comptime!(c.element == Element::F32) {
+        accumulate_tf32(acc, weights, b, dim, c);
+    } else {
+        accumulate_halves(acc, weights, b, dim, c);
+    }
+}
+
+/// [`accumulate`] of elements of 16 bits.
+#[cube]
+fn accumulate_halves(
+    acc: &mut Array<Sums>,
+    weights: &Array<Sums>,
+    b: u32,
+    #[comptime] dim: usize,
+    #[comptime] c: Compiled,
+) {
+    let pitch = comptime!(pitch(dim, c.element));
     let (blocks, col_blocks, value_blocks) = comptime!((c.tile.blocks, c.tile.cols / COLS, dim / COLS));
     #[unroll]
     for depth in 0..comptime!(c.tile.cols / DEPTH) {
@@ -80,7 +116,7 @@ pub(crate) fn accumulate(
         }
         #[unroll]
         for pair in 0..comptime!(value_blocks / 2) {
-            let values = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch(dim) + pair * 2 * PIECE));
+            let values = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch + pair * 2 * PIECE));
             #[unroll]
             for block in 0..blocks {
                 let x = comptime!(block * value_blocks + 2 * pair);
@@ -135,7 +171,7 @@ pub(crate) fn accumulate_fragments(
     for depth in 0..comptime!(tile.cols / DEPTH) {
         #[unroll]
         for pair in 0..pairs {
-            let columns = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch(dim) + pair * 2 * PIECE));
+            let columns = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch(dim, element) + pair * 2 * PIECE));
             #[unroll]
             for block in 0..blocks {
                 let x = comptime!(2 * (block * pairs + pair));
@@ -168,13 +204,14 @@ pub(crate) fn product_turned(
         let mut rows = Array::<Fragment>::new(blocks);
         #[unroll]
         for block in 0..blocks {
-            rows[block] = load_matrix_transposed(w, comptime!(depth * DEPTH * pitch(c.tile.cols) + block * 2 * PIECE));
+            let offset = comptime!(depth * DEPTH * pitch(c.tile.cols, c.element) + block * 2 * PIECE);
+            rows[block] = load_matrix_transposed(w, offset);
         }
         #[unroll]
         for pair in 0..pairs {
             // Of the last warps' elements some may lie past the end.
             if comptime!(of.even()) || first_pair + comptime!(pair as u32) < comptime!((c.head_dim / 16) as u32) {
-                let offset = comptime!(depth * DEPTH * pitch(c.head_dim) + pair * 2 * PIECE);
+                let offset = comptime!(depth * DEPTH * pitch(c.head_dim, c.element) + pair * 2 * PIECE);
                 let columns = load_matrix_transposed(b, offset);
                 #[unroll]
                 for block in 0..blocks {

@@ -10,6 +10,13 @@
 //! B    [16, 8]    2 registers of 2:  (2t, g), (2t + 8, g), and the next row each
 //! C, D [16, 8]    4 floats:          (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 //! ```
+//!
+//! Of tf32 (m16n8k8), where a matrix of 8×4 floats is loaded as one of 8×8 elements of 16 bits:
+//!
+//! ```text
+//! A    [16, 8]    4 registers:       (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//! B    [8, 8]     2 registers:       (t, g), (t + 4, g)
+//! ```
 
 use cubecl::prelude::*;
 
@@ -30,6 +37,18 @@ pub(crate) fn mma(a: Fragment, b0: u32, b1: u32, c: Sums, #[comptime] element: E
     let out: Sums;
     gpu_asm!(
         "mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {a}, {{{b0}, {b1}}}, {c};",
+        d = out(_) out, a = in(_) a, b0 = in(_) b0, b1 = in(_) b1, c = in(_) c, options(pure, nomem),
+    );
+    out
+}
+
+/// `a · b + c` of a 16×8 and an 8×8 block of tf32: f32 whose last 13 bits do not count. Sums are cut, not rounded.
+#[cube]
+pub(crate) fn mma_tf32(a: Fragment, b0: u32, b1: u32, c: Sums) -> Sums {
+    let (a, b0, b1, c) = (value_of::<Fragment>(a), value_of::<u32>(b0), value_of::<u32>(b1), value_of::<Sums>(c));
+    let out: Sums;
+    gpu_asm!(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {d}, {a}, {{{b0}, {b1}}}, {c};",
         d = out(_) out, a = in(_) a, b0 = in(_) b0, b1 = in(_) b1, c = in(_) c, options(pure, nomem),
     );
     out
@@ -161,6 +180,25 @@ pub(crate) fn sync_some(id: u32, #[comptime] units: usize) {
     gpu_asm!("bar.sync {id}, {units};", id = in(_) id);
 }
 
+/// Writes two registers to shared memory.
+#[cube]
+pub(crate) fn store_shared_8(address: u32, #[comptime] offset: usize, low: u32, high: u32) {
+    let (address, low, high) = (value_of::<u32>(address), value_of::<u32>(low), value_of::<u32>(high));
+    gpu_asm!(
+        "st.shared.v2.b32 [{address}+{offset}], {{{low}, {high}}};",
+        address = in(_) address, low = in(_) low, high = in(_) high,
+    );
+}
+
+/// Reads a register from shared memory.
+#[cube]
+pub(crate) fn load_shared(address: u32, #[comptime] offset: usize) -> u32 {
+    let address = value_of::<u32>(address);
+    let out: u32;
+    gpu_asm!("ld.shared.b32 {out}, [{address}+{offset}];", out = out(_) out, address = in(_) address);
+    out
+}
+
 /// Reads two floats from shared memory.
 #[cube]
 pub(crate) fn load_shared_floats(address: u32, #[comptime] offset: usize) -> Vector<f32, Const<2>> {
@@ -211,12 +249,6 @@ pub(crate) fn add_floats(address: u64, #[comptime] offset: usize, x: Sums, #[com
     }
 }
 
-/// What this unit wrote to global memory is there for the device before what it does next.
-#[cube]
-pub(crate) fn fence_device() {
-    gpu_asm!("fence.acq_rel.gpu;");
-}
-
 /// How many have had their turn; asked for early, the answer is there when it is needed.
 #[cube]
 pub(crate) fn turn_now(counter: u64) -> u32 {
@@ -238,7 +270,9 @@ pub(crate) fn turn_wait(counter: u64, now: u32, turn: u32) {
     );
 }
 
-/// Gives the turn at a counter, if it is one, to the next; the leader counts, after a fence and a barrier of all.
+/// Gives the turn at a counter, if it is one, to the next; the leader counts, after a barrier of all. The barrier orders what all have added
+/// before the leader's release, and a release covers all that is ordered before it, not only what its own unit did (PTX ISA, "Memory
+/// consistency model", causality order).
 #[cube]
 pub(crate) fn turn_pass(counter: u64, leader: bool) {
     if leader && counter != 0 {

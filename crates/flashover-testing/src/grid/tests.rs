@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use flashover_kernels::hopper::HopperConfig;
+
 use super::*;
 
 /// What can be read off a case, one level each: the factors as a reader of the problems sees them.
@@ -98,6 +100,31 @@ fn the_full_grid_is_a_product_and_uses_every_option() {
         assert!(biases.len() > BIASES.len());
     }
     assert_eq!(full(Element::BF16)[17], cases[17].problem);
+}
+
+/// Those that the Hopper forward takes, and whose heads it packs: in each number, in the full grid with every option.
+#[test]
+fn heads_share_tiles_of_the_hopper_forward() {
+    let taken = |p: &Problem| p.head_dim.is_multiple_of(8) && p.value_dim.is_multiple_of(8) && p.seq_kv >= 16;
+    for (problems, each) in [(all_pairs(Element::BF16, 1023), 0), (full(Element::BF16), 1)] {
+        for heads in [2, 4] {
+            let packed = |p: &&Problem| taken(p) && HopperConfig::of(p).0.packed == heads;
+            let packed: Vec<&Problem> = problems.iter().filter(packed).collect();
+            let uses: [fn(&Problem) -> bool; 9] = [
+                |p| p.band.causal,
+                |p| p.band.sinks > 0,
+                |p| p.softcap.is_some(),
+                |p| p.alibi,
+                |p| p.bias.is_some(),
+                |p| p.mask.is_some(),
+                |p| p.key_lengths,
+                |p| p.learned_sinks,
+                |p| p.dropout.is_some(),
+            ];
+            let counts = uses.map(|uses| packed.iter().filter(|p| uses(p)).count());
+            assert!(packed.len() >= 3 && counts.iter().all(|&count| count >= each), "{heads}: {counts:?}");
+        }
+    }
 }
 
 #[test]

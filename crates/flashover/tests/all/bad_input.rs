@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use flashover::kernels::select::KernelChoice;
-use flashover::{AttentionError, AttentionOptions, attention};
+use flashover::{AttentionError, AttentionOptions, Precision, attention};
 
 use crate::devices;
 
@@ -42,7 +42,7 @@ fn shapes_that_do_not_fit() {
 /// A kernel by name is that kernel or an error, also where there are no kernels to choose from.
 #[test]
 fn kernels_by_name() {
-    for choice in [KernelChoice::Portable, KernelChoice::Mma, KernelChoice::Hopper] {
+    for choice in [KernelChoice::Portable, KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper] {
         let message = refused_options(AttentionOptions::new().kernel(choice));
         let expected = format!("kernel: expected a CubeCL device for a kernel by name ({choice:?}), got ");
         assert!(message.starts_with(&expected), "{message}");
@@ -53,8 +53,8 @@ fn kernels_by_name() {
     let q = Tensor::<4>::zeros(Q, &gpu);
     let call = |choice| attention(q.clone(), q.clone(), q.clone(), &AttentionOptions::new().kernel(choice));
     call(KernelChoice::Portable).expect("it runs everywhere");
-    // In f32 neither takes it, on any device.
-    for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Hopper, "hopper")] {
+    // In f32 none of these takes it, on any device, unless products may be rounded.
+    for (choice, name) in [(KernelChoice::Mma, "mma"), (KernelChoice::Cmma, "cmma"), (KernelChoice::Hopper, "hopper")] {
         let message = call(choice).expect_err("not in f32").to_string();
         let expected = format!("kernel: the {name} kernel was asked for and cannot run: ");
         assert!(message.starts_with(&expected), "{message}");
@@ -108,6 +108,10 @@ fn dtypes_that_differ() {
     let plain = AttentionOptions::new();
     let error = attention(zeros(Q), half(K), zeros(V), &plain).unwrap_err();
     assert_eq!(error.to_string(), "dtype of k: expected that of q, F32, got F16");
+    let rounded = plain.clone().precision(Precision::Tf32x3);
+    let error = attention(half(Q), half(K), half(V), &rounded).unwrap_err();
+    assert_eq!(error.to_string(), "precision Tf32x3: expected elements of type F32, got F16");
+    assert!(attention(zeros(Q), zeros(K), zeros(V), &rounded).is_ok());
     let error = attention(half(Q), half(K), half(V), &plain.clone().bias(zeros([1, 1, 5, 7]))).unwrap_err();
     assert_eq!(error.to_string(), "dtype of bias: expected that of q, F16, got F32");
 }

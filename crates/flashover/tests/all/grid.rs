@@ -4,13 +4,14 @@
 //! `FLASHOVER_GRID=full:K/N` (cases K, K+N, K+2N, … of each element type), `FLASHOVER_CASES=TEXT` leaving those whose names
 //! contain it: at least one.
 //!
-//! With `FLASHOVER_KERNEL=portable`, `mma` or `hopper` the grid runs on the GPU alone and by that kernel, which must refuse what
+//! With `FLASHOVER_KERNEL=portable`, `mma`, `cmma`, `hopper` or `tf32x3`, which is `mma` at that precision, the grid runs on the GPU alone and by that kernel, which must refuse what
 //! it cannot run and nothing else.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Device};
-use flashover::kernels::problem::{Element, Problem};
+use flashover::AttentionOptions;
+use flashover::kernels::problem::{Element, Precision, Problem};
 use flashover::kernels::select::KernelChoice;
 use flashover_testing::bridge::{self, Layout, Results, Tensors};
 use flashover_testing::data::{Case, Inputs};
@@ -27,6 +28,8 @@ const LONGEST: usize = 1023;
 pub struct Call {
     /// By which kernel.
     pub kernel: KernelChoice,
+    /// With which products of f32.
+    pub precision: Precision,
     /// How q, k and v lie.
     pub layouts: [Layout; 3],
     /// Once more, for the same bits.
@@ -62,7 +65,8 @@ pub fn check_call(case: &Case, call: Call, devices: &[Device]) -> Result<(), Str
 
 fn check_on(case: &Case, call: Call, inputs: &Inputs, references: &References, device: &Device) -> Result<(), String> {
     let tensors = Tensors::laid_out(&case.problem, inputs, call.layouts, &device.clone().autodiff());
-    let run = || bridge::run_on(&case.problem, &tensors, case.lse_gradient, |options| options.kernel(call.kernel));
+    let options = |options: AttentionOptions| options.kernel(call.kernel).precision(call.precision);
+    let run = || bridge::run_on(&case.problem, &tensors, case.lse_gradient, options);
     let results = run().map_err(|error| format!("refused: {error}"))?;
     let again =
         if call.twice { Some(run().map_err(|error| format!("refused the second time: {error}"))?) } else { None };
@@ -142,22 +146,26 @@ fn asked(element: Element) -> Option<Vec<Case>> {
     Some(cases)
 }
 
-/// The kernel that was asked for by name.
-fn kernel_asked() -> Option<KernelChoice> {
+/// The call by the kernel that was asked for by name.
+fn kernel_asked() -> Option<Call> {
     let name = std::env::var("FLASHOVER_KERNEL").ok()?;
-    Some(match name.as_str() {
-        "portable" => KernelChoice::Portable,
-        "mma" => KernelChoice::Mma,
-        "hopper" => KernelChoice::Hopper,
-        _ => panic!("FLASHOVER_KERNEL: expected portable, mma or hopper, got {name:?}"),
-    })
+    let (kernel, precision) = match name.as_str() {
+        "portable" => (KernelChoice::Portable, Precision::Exact),
+        "mma" => (KernelChoice::Mma, Precision::Exact),
+        "tf32x3" => (KernelChoice::Mma, Precision::Tf32x3),
+        "cmma" => (KernelChoice::Cmma, Precision::Exact),
+        "hopper" => (KernelChoice::Hopper, Precision::Exact),
+        _ => panic!("FLASHOVER_KERNEL: expected portable, mma, cmma, tf32x3 or hopper, got {name:?}"),
+    };
+    Some(Call { kernel, precision, ..Call::default() })
 }
 
 /// Whether a kernel must refuse a problem, on a GPU that has what the kernel needs.
-fn refuses(kernel: KernelChoice, problem: &Problem) -> bool {
+fn refuses(call: Call, problem: &Problem) -> bool {
     let halves = matches!(problem.element, Element::F16 | Element::BF16);
     let eights = [problem.head_dim, problem.value_dim].iter().all(|dim| dim.is_multiple_of(8));
-    match kernel {
+    match call.kernel {
+        KernelChoice::Mma if call.precision == Precision::Tf32x3 => problem.element != Element::F32,
         KernelChoice::Mma => !halves,
         KernelChoice::Hopper => !(halves && eights),
         _ => false,
@@ -165,28 +173,34 @@ fn refuses(kernel: KernelChoice, problem: &Problem) -> bool {
 }
 
 /// Every case by one kernel on the GPU: it refuses what it must, by a message that names it, and nothing else.
-fn check_by_name(cases: Vec<Case>, kernel: KernelChoice) {
+fn check_by_name(cases: Vec<Case>, call: Call) {
+    let Call { kernel, precision, .. } = call;
     let device = devices::gpu().expect("FLASHOVER_KERNEL asks for a kernel of GPUs, and this build has no GPU backend");
-    let (refused, taken): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| refuses(kernel, &case.problem));
+    let (refused, taken): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| refuses(call, &case.problem));
     for case in &refused {
-        let error = bridge::run_with(&case.problem, &case.inputs(), false, &device, |options| options.kernel(kernel));
+        let options = |options: AttentionOptions| options.kernel(kernel).precision(precision);
+        let error = bridge::run_with(&case.problem, &case.inputs(), false, &device, options);
         let message = error.map(drop).expect_err("this kernel cannot run that").to_string();
-        let name = format!("{kernel:?}").to_lowercase();
-        assert!(message.starts_with(&format!("kernel: the {name} kernel was asked for and cannot run: ")), "{message}");
+        let expected = match precision {
+            Precision::Exact => {
+                format!("kernel: the {} kernel was asked for and cannot run: ", format!("{kernel:?}").to_lowercase())
+            }
+            _ => format!("precision {precision:?}: expected elements of type F32, got "),
+        };
+        assert!(message.starts_with(&expected), "{message}");
     }
     println!("{} cases are refused, as they must be", refused.len());
-    let call = Call { kernel, ..Call::default() };
     let failures: Vec<String> =
         taken.iter().filter_map(|case| check_call(case, call, std::slice::from_ref(&device)).err()).collect();
     let shown = failures.iter().take(10).cloned().collect::<Vec<_>>().join("\n");
     assert!(failures.is_empty(), "{} of {} cases failed, the first:\n{shown}", failures.len(), taken.len());
-    println!("{} cases agree by {kernel:?}", taken.len());
+    println!("{} cases agree by {kernel:?} at precision {precision:?}", taken.len());
 }
 
 /// The native CPU path, and the GPU of the build where it has the element type.
 fn grid(name: &str, element: Element, dtype: DType) {
-    if let Some(kernel) = kernel_asked() {
-        return check_by_name(asked(element).unwrap_or_else(|| all_pairs_cases(element, LONGEST)), kernel);
+    if let Some(call) = kernel_asked() {
+        return check_by_name(asked(element).unwrap_or_else(|| all_pairs_cases(element, LONGEST)), call);
     }
     let mut on = vec![devices::flex()];
     match devices::gpu() {

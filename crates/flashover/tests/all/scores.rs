@@ -1,8 +1,6 @@
 //! Score functions of a user's: values, every gradient, and that of their parameters, beside every other option.
 
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-#[cfg(feature = "cuda")]
-use flashover::SparsePlan;
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::cubecl;
 use flashover::kernels::cubecl::prelude::*;
@@ -12,6 +10,8 @@ use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::score::{Position, ScoreFunction, ScoreUse};
 use flashover::kernels::select::KernelChoice;
 use flashover::{AttentionOptions, attention};
+#[cfg(feature = "cuda")]
+use flashover::{SparsePlan, explain};
 use flashover_testing::bridge;
 use flashover_testing::data::{Case, Inputs, Rng};
 use flashover_testing::score::{Buckets, Waves, with_buckets, with_waves};
@@ -109,17 +109,45 @@ fn every_option_agrees_by_mma() {
 
 #[cfg(feature = "cuda")]
 #[test]
+fn every_option_agrees_by_cmma() {
+    matrix_kernels_agree(KernelChoice::Cmma);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
 fn every_option_agrees_by_hopper() {
     matrix_kernels_agree(KernelChoice::Hopper);
 }
 
-/// Forward and backward of both families.
+/// Gradients that may be added up in any order are held to the same budget, with every option and under plans; only Hopper's backward
+/// makes use of it.
+#[cfg(feature = "cuda")]
+#[test]
+fn unordered_gradients_agree_by_the_matrix_kernels() {
+    let device = devices::gpu().expect("a CUDA build has one").autodiff();
+    for (n, kernel) in (0..8).flat_map(|n| [(n, KernelChoice::Mma), (n, KernelChoice::Hopper)]) {
+        let dims = [[64, 128], [256, 192]][n / 4];
+        let case = sized_case(n, [Element::BF16, Element::F16][n % 2], [300, 410], dims);
+        let case = Case { problem: Problem { unordered: true, ..case.problem }, ..case };
+        let inputs = case.inputs();
+        let tensors = bridge::Tensors::new(&case.problem, &inputs, &device);
+        let options = tensors.options(&case.problem).kernel(kernel);
+        let reason = explain(&tensors.q, &tensors.k, &tensors.v, &options).expect("sound").reason;
+        assert_eq!(reason.contains("unordered"), kernel == KernelChoice::Hopper, "{reason}");
+        let call = Call { kernel, ..Call::default() };
+        check_call(&case, call, std::slice::from_ref(&device)).unwrap_or_else(|message| panic!("{message}"));
+    }
+}
+
+/// Forward and backward of the families.
 #[cfg(feature = "cuda")]
 #[test]
 fn plans_and_score_functions_agree_by_the_matrix_kernels() {
     let device = devices::gpu().expect("a CUDA build has one").autodiff();
     let mut rng = Rng::new(22);
-    for (n, kernel) in (0..8).flat_map(|n| [(n, KernelChoice::Mma), (n, KernelChoice::Hopper)]) {
+    for (n, kernel) in
+        (0..8).flat_map(|n| [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper].map(|kernel| (n, kernel)))
+    {
         let case = sized_case(n, Element::BF16, [300, 410], [64, 64]);
         let tile = TileSize { bq: 128, bk: 128 };
         let mask = combination(Extent::from(&case.problem), TileSize { bq: 16, bk: 16 }, &mut rng);
@@ -127,7 +155,7 @@ fn plans_and_score_functions_agree_by_the_matrix_kernels() {
         let (plan, inputs) = (SparsePlan::from(case.plan()), case.case.inputs());
         let (problem, dense) = case.dense(&inputs);
         let references = References::of(&problem, &dense);
-        let more = |options: AttentionOptions| options.plan(&plan).kernel(kernel);
+        let more = |options: AttentionOptions| options.plan(&plan).kernel(kernel).deterministic(n % 4 != 3);
         let results = bridge::run_with(&case.case.problem, &inputs, case.case.lse_gradient, &device, more);
         let results = results.expect("sound");
         let checked = references.check_forward(&results.o, &results.lse);
@@ -143,7 +171,7 @@ fn implementations() -> Vec<(Device, KernelChoice, Element)> {
     let mut all: Vec<_> =
         devices::native().into_iter().map(|device| (device, KernelChoice::Auto, Element::F32)).collect();
     #[cfg(feature = "cuda")]
-    for kernel in [KernelChoice::Mma, KernelChoice::Hopper] {
+    for kernel in [KernelChoice::Mma, KernelChoice::Cmma, KernelChoice::Hopper] {
         all.push((devices::gpu().expect("a CUDA build has one"), kernel, Element::BF16));
     }
     all

@@ -1,0 +1,327 @@
+//! The warpgroups of the backward of head dimensions above 128, where the registers of one hold no more than dk or dv of 64 keys.
+//!
+//! Both have the same keys: one computes the weights and has dv, the other their gradients and has dk. So each takes from the sums of one
+//! product the operand of the next in registers, as with [smaller heads](super::backward). Weights go from one to the other in f32
+//! through shared memory, `ds` to both. dq comes in pieces of 64 elements of the head dimension, of which they have every other.
+//!
+//! ```text
+//! of values: sᵀ = k · qᵀ    pᵀ = exp(sᵀ − lse)    dv += pᵀ · do            dqᵀ += kᵀ · dsᵀ, pieces 0, 2
+//! of keys:   dpᵀ = v · doᵀ    dsᵀ = pᵀ ∘ (dpᵀ − delta)    dk += dsᵀ · q    dqᵀ += kᵀ · dsᵀ, pieces 1, 3
+//! ```
+//!
+//! What runs beside what: the weights beside `v · doᵀ`, `ds` beside `pᵀ · do`, and the first piece of dq goes to shared memory beside
+//! the next `k · qᵀ` and `dsᵀ · q`.
+
+use cubecl::prelude::*;
+
+use super::backward::{
+    Gates, Places, gates, give_gradients, give_queries, gradients_of_weights, places_of, queries_part, scores, step_at,
+};
+use super::backward_config::HopperBackwardConfig;
+use super::backward_copies::{Barriers, gradient_ring};
+use super::backward_scores::{
+    Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, times_slopes, weigh,
+};
+use super::bulk::fence_shared;
+use super::config::{PIECE, WARPGROUP};
+use super::ptx::{
+    Accumulator, barrier_arrive, barrier_wait, descriptor, issue_named, named_arrive, named_read_text, named_text,
+    named_value_text, named_wait, read_named, run_block, uniform, wait_products, wait_text,
+};
+use super::ring::{address_at, advance, ring_start};
+use super::rows::{pack_text, pack_weights};
+use super::store::{Place, same_factor, store_rows};
+use crate::family::element::{Numbers, head_of};
+use crate::family::ptx::value_of;
+use crate::family::turns::KeyTile;
+use crate::score::ScoreCode;
+
+/// Named barriers of both warpgroups: weights are there, and gradients of scores. At the second all weights have been read, and the
+/// first comes after all products with the gradients before: neither needs another that says that its place is free.
+const WEIGHTS: u32 = 1;
+const GRADIENTS: u32 = 2;
+
+/// Threads of both.
+const THREADS: u32 = 2 * WARPGROUP as u32;
+
+/// The gradients of a key tile, of one of the warpgroups.
+#[cube]
+pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
+    sk: &Shared<[E]>,
+    sv: &Shared<[E]>,
+    sq: &Shared<[E]>,
+    sdo: &Shared<[E]>,
+    sds: &Shared<[E]>,
+    rows: &Statistics,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    all: &Barriers,
+    tile: KeyTile,
+    steps: u32,
+    lines: u32,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    dk: &mut [Vector<u32, Const<2>>],
+    dv: &mut [Vector<u32, Const<2>>],
+    n: Numbers,
+    factor: f32,
+    #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let places = places_of::<E>(sk, sv, sq, sdo, sds, tile.j0, cfg);
+    let gates = gates(all, cfg);
+    let (row, column) = (places.keys.j, places.keys.column);
+    let first = (tile.batch * n.heads_kv + tile.key_head) as usize * n.seq_kv as usize;
+    if uniform(UNIT_POS / comptime!(WARPGROUP as u32)) == 1 {
+        run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
+        if steps > 0 {
+            weigh_tiles::<E, NS, NQ, NP>(
+                places, &gates, rows, sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, function, cfg,
+            );
+        }
+        let text = comptime!(named_read_text("dv", cfg.value_dim));
+        let acc = read_named::<NV>(comptime!(text.clone()).as_str());
+        let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
+        store_rows::<NV>(acc, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false);
+    } else {
+        run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
+        if steps > 0 {
+            differentiate_tiles::<NS, NQ, NP>(places, &gates, rows, sdq, steps, n, cfg);
+        }
+        let text = comptime!(named_read_text("dk", cfg.head_dim));
+        let acc = read_named::<NK>(comptime!(text.clone()).as_str());
+        let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
+        store_rows::<NK>(acc, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false);
+    }
+}
+
+/// The warpgroup of values, step by step: weights, which it hands on, dv in named registers, and its pieces of dq.
+#[cube]
+fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
+    places: Places,
+    gates: &Gates,
+    rows: &Statistics,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    tile: KeyTile,
+    steps: u32,
+    lines: u32,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    n: Numbers,
+    factor: f32,
+    #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
+    let [_, _, _, do_len] = comptime!(cfg.elements());
+    let leader = UNIT_POS.is_multiple_of(32u32);
+    let (keys, column) = (places.keys, places.keys.column);
+    let mut ring = ring_start(0u32);
+    let mut dq_parity = 1u32;
+    barrier_wait(gates.kv_full, 0u32);
+    barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
+    let flying = scores::<NS>(places, ring.stage, cfg);
+    let mut s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+    let mut left = steps;
+    let mut t = 0u32;
+    let mut h = tile.first_head;
+    while left > 0 {
+        let (step, head) = step_at(tile, t, h, lines, scratch, n, with_bias, cfg);
+        let stage = value_of::<u32>(ring.stage);
+        let gradients = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
+        let (do_stage, do_parity) = (value_of::<u32>(gradients.stage), value_of::<u32>(gradients.parity));
+        advance(&mut ring, comptime!(stages as u32));
+        left -= 1;
+        let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
+        let mut slopes = Vector::<u32, NP>::new(0u32);
+        if comptime!(!cfg.plain) {
+            let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
+            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
+        }
+        weigh::<NS>(&mut s, rows, row, factor, cfg);
+        if !step.full {
+            hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
+            if comptime!(!cfg.plain) {
+                if n.mask_at != 0 {
+                    let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
+                    hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
+                }
+            }
+            if comptime!(cfg.listed) {
+                if step.bits != 0 {
+                    hide_unlisted::<NS>(&mut s, keys, step, scratch, cfg);
+                }
+            }
+        }
+        if comptime!(cfg.plain) {
+            give_queries::<NS>(s, handed_line(cfg), sdq, cfg);
+        } else {
+            let handed = times_slopes::<NS, NP>(s, slopes, n, comptime!(function.is_some()), cfg);
+            give_queries::<NS>(handed, handed_line(cfg), sdq, cfg);
+            // By what they grow dv is multiplied.
+            drop_elements::<NS>(&mut s, keys, rows, row, n, false, cfg);
+        }
+        named_arrive(comptime!(WEIGHTS).runtime(), THREADS);
+        let packing = comptime!(pack_text(cfg.lanes()[4], cfg.bq, cfg.element.name()));
+        let packed = pack_weights::<NS, NP>(s, comptime!(packing.clone()).as_str());
+        barrier_wait(address_at(&gates.do_full, do_stage, do_stages), do_parity);
+        let do_matrix =
+            descriptor(places.d_o + do_stage * comptime!(2 * do_len as u32), comptime!((cfg.bq * 2 * PIECE) as u32));
+        let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
+        issue_named::<NP>(packed, do_matrix, comptime!(to_v.clone()).as_str());
+        t += 1;
+        if comptime!(!cfg.listed) {
+            if t == tile.walk.steps {
+                t = 0u32;
+                h += 1;
+            }
+        }
+        named_wait(comptime!(GRADIENTS).runtime(), THREADS);
+        let first = piece::<NQ>(places, 0usize, cfg);
+        if left > 0 {
+            barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
+        }
+        // After the last step nobody looks at these.
+        let flying = scores::<NS>(places, ring.stage, cfg);
+        let part = wait_products::<NQ>(first, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
+        barrier_arrive(address_at(&gates.do_free, do_stage, do_stages), leader);
+        barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+        give_piece::<NQ>(part, places, gates, 0usize, &mut dq_parity, sdq, cfg);
+        if comptime!(cfg.wide_pieces(0) > 1) {
+            let second = piece::<NQ>(places, 2usize, cfg);
+            let part = wait_products::<NQ>(second, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 0)).as_str());
+            give_piece::<NQ>(part, places, gates, 0usize, &mut dq_parity, sdq, cfg);
+        }
+        s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+    }
+}
+
+/// The warpgroup of keys, step by step: gradients of weights and of scores, dk in named registers, and its pieces of dq.
+#[cube]
+fn differentiate_tiles<NS: Size, NQ: Size, NP: Size>(
+    places: Places,
+    gates: &Gates,
+    rows: &Statistics,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    steps: u32,
+    n: Numbers,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
+    let [_, _, q_len, _] = comptime!(cfg.elements());
+    let leader = UNIT_POS.is_multiple_of(32u32);
+    let (keys, column) = (places.keys, places.keys.column);
+    let mut ring = ring_start(0u32);
+    let mut dq_parity = 1u32;
+    barrier_wait(gates.kv_full, 0u32);
+    barrier_wait(gates.do_full[0], 0u32);
+    let flying = gradients_of_weights::<NS>(places, 0u32, cfg);
+    let mut dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+    let mut left = steps;
+    while left > 0 {
+        let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
+        let used = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
+        barrier_arrive(address_at(&gates.do_free, used.stage, do_stages), leader);
+        advance(&mut ring, comptime!(stages as u32));
+        left -= 1;
+        // For the statistics, and for dk.
+        barrier_wait(address_at(&gates.q_full, stage, stages), parity);
+        let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
+        if comptime!(!cfg.plain) {
+            drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);
+        }
+        named_wait(comptime!(WEIGHTS).runtime(), THREADS);
+        let p = handed_weights::<NS>(sdq, cfg);
+        // Derivatives of scores are in what was handed on.
+        let products = comptime!(HopperBackwardConfig { plain: true, ..cfg });
+        let ds = differentiate::<NS, NP>(dp, p, Vector::<u32, NP>::new(0u32), rows, row, n, false, products);
+        give_gradients::<NP>(ds, places.ds_write, cfg);
+        fence_shared();
+        named_wait(comptime!(GRADIENTS).runtime(), THREADS);
+        let q_matrix =
+            descriptor(places.q + stage * comptime!(2 * q_len as u32), comptime!((cfg.bq * 2 * PIECE) as u32));
+        let to_k = comptime!(named_value_text("dk", cfg.lanes()[4], cfg.head_dim, cfg.bq, cfg.element.name()));
+        if comptime!(cfg.wide_pieces(1) > 0) {
+            let first = piece::<NQ>(places, 1usize, cfg);
+            issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
+            let part = wait_products::<NQ>(first, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
+            give_piece::<NQ>(part, places, gates, 1usize, &mut dq_parity, sdq, cfg);
+        } else {
+            issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
+        }
+        let next = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
+        if comptime!(cfg.wide_pieces(1) > 1) {
+            let second = piece::<NQ>(places, 3usize, cfg);
+            if left > 0 {
+                barrier_wait(address_at(&gates.do_full, next.stage, do_stages), next.parity);
+            }
+            let flying = gradients_of_weights::<NS>(places, next.stage, cfg);
+            let part = wait_products::<NQ>(second, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
+            barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+            give_piece::<NQ>(part, places, gates, 1usize, &mut dq_parity, sdq, cfg);
+            dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+        } else {
+            if left > 0 {
+                barrier_wait(address_at(&gates.do_full, next.stage, do_stages), next.parity);
+            }
+            // After the last step nobody looks at these.
+            let flying = gradients_of_weights::<NS>(places, next.stage, cfg);
+            dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+            barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+        }
+    }
+}
+
+/// Where this thread's weights lie behind the pieces of dq, counted in fours: the other warpgroup's thread of the same place in it
+/// has the same elements.
+#[cube]
+fn handed_line(#[comptime] cfg: HopperBackwardConfig) -> u32 {
+    comptime!((cfg.dq_slots() * cfg.bq * PIECE / 4) as u32) + UNIT_POS % comptime!(WARPGROUP as u32)
+}
+
+/// The weights that the warpgroup of values handed on.
+#[cube]
+fn handed_weights<N: Size>(
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Accumulator<N> {
+    let line = handed_line(cfg) as usize;
+    let mut p = Accumulator::<N>::new(0.0f32);
+    #[unroll]
+    for x in 0..comptime!(cfg.bq / 8) {
+        let four = sdq[line + comptime!(x * WARPGROUP)];
+        #[unroll]
+        for y in 0..4usize {
+            p.insert(comptime!(4 * x + y), four.extract(y));
+        }
+    }
+    p
+}
+
+/// Issues a piece of dq: 64 elements of the head dimension, all queries.
+#[cube]
+fn piece<N: Size>(places: Places, #[comptime] number: usize, #[comptime] cfg: HopperBackwardConfig) -> Accumulator<N> {
+    // An address in a descriptor is a sixteenth.
+    let offset = comptime!((number * cfg.bk() * 2 * PIECE / 16) as u64);
+    queries_part::<N>(places.k_turned + offset, places.ds, cfg)
+}
+
+/// Gives a piece of dq to who adds it up, as soon as the one before has been read.
+#[cube]
+fn give_piece<N: Size>(
+    part: Accumulator<N>,
+    places: Places,
+    gates: &Gates,
+    #[comptime] warpgroup: usize,
+    parity: &mut u32,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    barrier_wait(gates.dq_free[warpgroup], *parity);
+    *parity ^= 1u32;
+    give_queries::<N>(part, places.line, sdq, cfg);
+    fence_shared();
+    sync_plane();
+    barrier_arrive(gates.dq_full[warpgroup], UNIT_POS.is_multiple_of(32u32));
+}
