@@ -84,6 +84,7 @@ fn compile_all<R>(
         hardware: true,
         ptx: false,
         matrix_elements: Vec::new(),
+        matrix_tf32: false,
         matrix_loads: Vec::new(),
         async_copies: false,
         cooperative: vec![(problem.element, edge as usize)],

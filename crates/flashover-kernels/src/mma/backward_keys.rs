@@ -146,6 +146,7 @@ pub(crate) fn backward_keys_kernel<E: Float>(
                 n,
                 with_bias,
                 with_dk,
+                comptime!(4 * tile.cols),
                 c,
             );
             if with_dv {

@@ -75,7 +75,7 @@ pub(crate) fn element_with_options<E: Float>(
 
 /// Where rows are keys: products become probabilities after dropout, not grown, and `dp` becomes `ds`. `row` is this lane's first
 /// key, `column` its first query in the tile; `statistics` is where the log-sum-exp of that query stands in shared memory, those of
-/// all queries before their deltas.
+/// all queries before their deltas, `deltas` bytes on.
 #[cube]
 pub(crate) fn differentiate<E: Float>(
     s: &mut Array<Sums>,
@@ -91,6 +91,7 @@ pub(crate) fn differentiate<E: Float>(
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] with_dp: bool,
+    #[comptime] deltas: usize,
     #[comptime] c: Compiled,
 ) {
     let (blocks, col_blocks) = comptime!((c.tile.blocks, c.tile.cols / COLS));
@@ -104,7 +105,7 @@ pub(crate) fn differentiate<E: Float>(
     #[unroll]
     for col in 0..col_blocks {
         let lse = load_shared_floats(statistics, comptime!(4 * COLS * col));
-        let delta = load_shared_floats(statistics, comptime!(4 * COLS * col + 4 * c.tile.cols));
+        let delta = load_shared_floats(statistics, comptime!(4 * COLS * col + deltas));
         #[unroll]
         for lane in 0..2usize {
             let i = column + comptime!((COLS * col + lane) as u32);

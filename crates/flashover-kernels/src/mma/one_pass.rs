@@ -1,17 +1,32 @@
 //! Backward in one pass over the query tiles: `dk` and `dv` as in [`backward_keys`](super::backward_keys), and `dq` with them.
 //!
-//! FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2. A cube owns a tile of keys. Its warps have a few rows of the transposed tiles
-//! each; `ds` also goes through shared memory, where all of them multiply it with the keys for `dq`, and add that to f32 in
-//! global memory.
+//! FlashAttention-2 (Dao, arXiv 2307.08691), Algorithm 2. A cube owns a tile of keys.
 //!
 //! ```text
 //! sᵀ = k · qᵀ    pᵀ = exp(sᵀ − lse)    dpᵀ = v · doᵀ    dsᵀ = pᵀ ∘ (dpᵀ − delta)
 //! dv += pᵀ · do    dk += dsᵀ · q    dq += ds · k
 //! ```
 //!
-//! **dq has the same bits in every run:** the cubes of a head take turns at a query tile, the last key tile first, and tickets
-//! are given out in that order, so that no cube waits for one that has not started. The first to come writes, the others
-//! add: nothing is zeroed before. A turn is passed on a step later, when what was added has long arrived.
+//! **Warps work in pairs.** What bounds the kernel is reading shared memory, so each fragment that is read is multiplied by two blocks of 16
+//! rows. With `W` warps, a warp has of a step:
+//!
+//! ```text
+//! sᵀ, dpᵀ   32 keys, those of its pair   half the queries
+//! dv, dk    the same keys                half the elements        weights and ds of its own queries in registers, of the others from its partner
+//! dq        half the queries             1 / (W / 2) of D         ds of all keys
+//! ```
+//!
+//! Weights go to the partner as the lanes hold them, `ds`, which `dq` takes transposed, as a tile whose rows are keys. A step has three barriers:
+//!
+//! - of all, first: the step's copies have arrived, and nobody reads the other stage any more, nor the weights and `ds` of the step before;
+//! - of a pair, when `dv` and `dk` have their own half: the partner's weights and `ds` are there;
+//! - of the warps with the same half of the queries, before `dq`: their `ds` is there, which together is that of all keys.
+//!
+//! **dq has the same bits in every run:** it is added to f32 in global memory, and the cubes of a head take turns at a query tile, the last
+//! key tile first; tickets are given out in that order, so that no cube waits for one that has not started. The first to come writes, the
+//! others add: nothing is zeroed before. A turn is passed on a step later, when what was added has long arrived, by the first unit alone:
+//! the barrier of all orders everyone's additions before its release, and a release covers whatever is ordered before it (PTX ISA, "Memory
+//! consistency model", causality order), so that no other unit needs a fence. It comes after `sᵀ`, whose products hide the wait.
 
 use cubecl::prelude::*;
 
@@ -19,17 +34,17 @@ use super::backward_keys::load_queries;
 use super::config::{COLS, Compiled, ROWS, STAGES, WARP};
 use super::gradient::differentiate;
 use super::one_pass_launch::OnePass;
-use super::products::{accumulate, product, product_turned};
+use super::products::{accumulate_fragments, fragments, product, product_turned};
 use super::ptx::{
-    Fragment, Sums, add_floats, commit_copies, fence_device, shared_address, store_floats, store_shared, turn_now,
-    turn_pass, turn_wait, wait_copies,
+    Fragment, Sums, add_floats, commit_copies, load_matrix, shared_address, store_floats, store_shared, sync_some,
+    turn_now, turn_pass, turn_wait, wait_copies,
 };
 use super::steps::{follow, no_step};
-use super::store::store_rows;
-use super::tile::{PIECE, column_place, head_rows, load_rows, pitch, row_place};
+use super::store::store_halves;
+use super::tile::{DEPTH, PIECE, column_place, head_rows, load_rows, pitch, row_place};
 use crate::family::element::{Numbers, head_of};
 use crate::family::listed::Lists;
-use crate::family::ptx::{global_address, pack, ticket, value_of};
+use crate::family::ptx::{global_address, load_shared_16, store_shared_16, ticket, value_of};
 use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_of};
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
@@ -56,17 +71,22 @@ pub(crate) fn one_pass_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     let tile = comptime!(c.tile);
-    let mut own = Shared::<[u32]>::new_slice(1usize);
+    let mut taken = Shared::<[u32]>::new_slice(1usize);
     let counters = global_address::<u32>(&*turns);
     if UNIT_POS == 0 {
-        own[0] = ticket(counters);
+        taken[0] = ticket(counters);
     }
     sync_cube();
-    let owned = key_tile::<E>(own[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed);
+    let owned = key_tile::<E>(taken[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed);
     if !owned.exists {
         terminate!();
     }
-    // Keys (later dk), values (later dv), the stages (queries, gradients of outputs, statistics), and ds.
+    // How a warp multiplies scores: 32 keys by half the queries.
+    let scores = comptime!(of.scores());
+    let own = comptime!(Compiled { tile: scores, ..c });
+    let (col_blocks, keys, queries) = comptime!((scores.cols / COLS, scores.blocks * ROWS, scores.cols as u32));
+    // Keys (later dk), values (later dv), the stages (queries, gradients of outputs, statistics), ds, and the weights that warps
+    // hand each other.
     let (k_bytes, v_bytes) =
         comptime!((tile.rows() * pitch(c.head_dim, c.element), tile.rows() * pitch(c.value_dim, c.element)));
     let memory = Shared::<[Fragment]>::new_aligned_slice(comptime!(of.shared_bytes() / PIECE), comptime!(PIECE));
@@ -74,39 +94,53 @@ pub(crate) fn one_pass_kernel<E: Float>(
     let v_at = k_at + comptime!(k_bytes as u32);
     let stages = v_at + comptime!(v_bytes as u32);
     let ds_at = stages + comptime!((STAGES * of.stage_bytes()) as u32);
-    let col_blocks = comptime!(tile.cols / COLS);
+    let p_at = ds_at + comptime!(of.ds_bytes() as u32);
     let sums_at = global_address::<f32>(&*sums);
     let (q_bytes, stage_bytes) = comptime!((tile.cols * pitch(c.head_dim, c.element), of.stage_bytes()));
     let (warp, lane) = (UNIT_POS / comptime!(WARP as u32), UNIT_POS % comptime!(WARP as u32));
-    let warp_row = warp * comptime!(ROWS as u32);
-    let j0 = owned.j0;
+    let (pair, half) = (warp / 2, warp % 2);
+    let warp_row = pair * comptime!(keys as u32);
+    let (first, other_first) = (half * queries, (1 - half) * queries);
     // This lane's first row and column of every block of sums.
-    let (row, column) = (j0 + warp_row + lane / 4, lane % 4 * 2);
+    let (row, column) = (owned.j0 + warp_row + lane / 4, first + lane % 4 * 2);
     let k_place = row_place(k_at + warp_row * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
     let v_place = row_place(v_at + warp_row * comptime!(pitch(c.value_dim, c.element) as u32), c.value_dim, c.element);
     let do_at = stages + comptime!(q_bytes as u32);
-    let q_place = column_place(stages, c.head_dim, c.element);
-    let q_rows_place = row_place(stages, c.head_dim, c.element);
-    let do_place = column_place(do_at, c.value_dim, c.element);
-    let do_rows_place = row_place(do_at, c.value_dim, c.element);
+    let q_place = column_place(stages + first * comptime!(pitch(c.head_dim, c.element) as u32), c.head_dim, c.element);
+    let do_place =
+        column_place(do_at + first * comptime!(pitch(c.value_dim, c.element) as u32), c.value_dim, c.element);
     let statistics = do_at + comptime!((tile.cols * pitch(c.value_dim, c.element)) as u32) + column * 4;
-    // Where it writes ds; the queries and the elements of the head dimension that the warp takes of dq.
+    // Pairs of blocks of 8 elements that a warp has of dk and of dv, the last perhaps past the end.
+    let (k_pairs, v_pairs) = comptime!(((c.head_dim / DEPTH).div_ceil(2), (c.value_dim / DEPTH).div_ceil(2)));
+    let q_rows_place = row_place(stages + half * comptime!((k_pairs * 2 * PIECE) as u32), c.head_dim, c.element);
+    let do_rows_place = row_place(do_at + half * comptime!((v_pairs * 2 * PIECE) as u32), c.value_dim, c.element);
+    // Where the warp writes ds, and reads that of the other; likewise the weights, as the lanes hold them.
     let ds_write = ds_at + (warp_row + lane / 4) * comptime!(pitch(tile.cols, c.element) as u32) + column * 2;
-    let (query_warp, part) = (warp % comptime!(of.query_warps() as u32), warp / comptime!(of.query_warps() as u32));
-    let ds_place = column_place(ds_at, tile.cols, c.element) + query_warp * comptime!((2 * ROWS) as u32);
-    let first_pair = part * comptime!(of.pairs() as u32);
+    let ds_read = row_place(
+        ds_at + warp_row * comptime!(pitch(tile.cols, c.element) as u32) + other_first * 2,
+        tile.cols,
+        c.element,
+    );
+    let weights = comptime!(scores.cols / DEPTH * scores.blocks);
+    let each = comptime!((weights * WARP * PIECE) as u32);
+    let p_write = p_at + warp * each + lane * comptime!(PIECE as u32);
+    let p_read = p_at + (2 * pair + 1 - half) * each + lane * comptime!(PIECE as u32);
+    // The queries and the elements of the head dimension that the warp takes of dq.
+    let ds_place = column_place(ds_at, tile.cols, c.element) + first * 2;
+    let first_pair = pair * comptime!(of.pairs() as u32);
     let k_rows_place = row_place(k_at, c.head_dim, c.element) + first_pair * comptime!(2 * PIECE as u32);
 
-    let mut acc_k = Array::<Sums>::new(comptime!(c.head_dim / COLS));
+    let mut acc_k = Array::<Sums>::new(comptime!(4 * k_pairs));
     #[unroll]
-    for x in 0..comptime!(c.head_dim / COLS) {
+    for x in 0..comptime!(4 * k_pairs) {
         acc_k[x] = Sums::new(0.0f32);
     }
-    let mut acc_v = Array::<Sums>::new(comptime!(c.value_dim / COLS));
+    let mut acc_v = Array::<Sums>::new(comptime!(4 * v_pairs));
     #[unroll]
-    for x in 0..comptime!(c.value_dim / COLS) {
+    for x in 0..comptime!(4 * v_pairs) {
         acc_v[x] = Sums::new(0.0f32);
     }
+    let j0 = owned.j0;
 
     let k_rows = head_rows::<E>(k, owned.batch, owned.key_head, n.seq_kv, n.head_dim);
     load_rows::<E>(k, k_rows, j0, k_at, tile.rows(), c.head_dim, c.k_pieces, tile.units(), c.element);
@@ -132,11 +166,12 @@ pub(crate) fn one_pass_kernel<E: Float>(
         commit_copies();
         while !next.empty {
             wait_copies(0usize);
-            // Everyone's copies have arrived, and everyone is done with the other stage and with ds.
+            // Everyone's copies have arrived, and everyone is done with the other stage, with weights and with ds.
             sync_cube();
-            let mut s = Array::<Sums>::new(col_blocks);
-            let mut dp = Array::<Sums>::new(col_blocks);
-            product(&mut s, k_place, q_place + stage, c.head_dim, tile, c.element); // sᵀ = k · qᵀ
+            let mut s = Array::<Sums>::new(comptime!(scores.blocks * col_blocks));
+            let mut dp = Array::<Sums>::new(comptime!(scores.blocks * col_blocks));
+            product(&mut s, k_place, q_place + stage, c.head_dim, scores, c.element); // sᵀ = k · qᵀ
+            turn_pass(added, UNIT_POS == 0); // that of the step before
 
             // What is next is asked for while the products are under way.
             let mut step = no_step();
@@ -148,7 +183,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
                 load_queries::<E>(q, d_o, q_rows, do_rows, head, next.i0, stages + other, scratch, n, c);
             }
             commit_copies();
-            product(&mut dp, v_place, do_place + stage, c.value_dim, tile, c.element); // dpᵀ = v · doᵀ
+            product(&mut dp, v_place, do_place + stage, c.value_dim, scores, c.element); // dpᵀ = v · doᵀ
 
             differentiate::<E>(
                 &mut s,
@@ -164,23 +199,48 @@ pub(crate) fn one_pass_kernel<E: Float>(
                 n,
                 with_bias,
                 true,
-                c,
+                comptime!(4 * tile.cols),
+                own,
             );
+            let mut p_rows = Array::<Fragment>::new(weights);
+            let mut ds_rows = Array::<Fragment>::new(weights);
+            fragments(&mut p_rows, &s, scores, c.element);
+            fragments(&mut ds_rows, &dp, scores, c.element);
             #[unroll]
-            for col in 0..col_blocks {
+            for x in 0..weights {
+                store_shared_16(p_write, comptime!(x * WARP * PIECE), p_rows[x]);
                 #[unroll]
-                for half in 0..2usize {
-                    let (low, high) = (dp[col].extract(comptime!(2 * half)), dp[col].extract(comptime!(2 * half + 1)));
-                    let offset = comptime!(8 * half * pitch(tile.cols, c.element) + col * PIECE);
-                    store_shared(ds_write, offset, pack(low, high, c.element));
+                for y in 0..4usize {
+                    let down = comptime!(x % scores.blocks * ROWS + y % 2 * 8);
+                    let across = comptime!(x / scores.blocks * 2 + y / 2);
+                    store_shared(
+                        ds_write,
+                        comptime!(down * pitch(tile.cols, c.element) + across * PIECE),
+                        ds_rows[x].extract(y),
+                    );
                 }
             }
-            accumulate(&mut acc_v, &s, do_rows_place + stage, c.value_dim, c); // dv += pᵀ · do
-            accumulate(&mut acc_k, &dp, q_rows_place + stage, c.head_dim, c); // dk += dsᵀ · q
-            // Everyone's ds is there, and what everyone added in the step before.
-            fence_device();
-            sync_cube();
-            turn_pass(added, UNIT_POS == 0);
+            // dv += pᵀ · do, dk += dsᵀ · q, first of the warp's own queries.
+            let k_down = comptime!(pitch(c.head_dim, c.element) as u32);
+            let v_down = comptime!(pitch(c.value_dim, c.element) as u32);
+            let do_here = do_rows_place + stage + first * v_down;
+            let q_here = q_rows_place + stage + first * k_down;
+            accumulate_fragments(&mut acc_v, &p_rows, do_here, v_pairs, c.value_dim, scores, c.element);
+            accumulate_fragments(&mut acc_k, &ds_rows, q_here, k_pairs, c.head_dim, scores, c.element);
+            // The partner's weights and ds are there.
+            sync_some(1 + pair, comptime!(2 * WARP));
+            #[unroll]
+            for x in 0..weights {
+                p_rows[x] = load_shared_16(p_read, comptime!(x * WARP * PIECE));
+                let (down, across) = comptime!((x % scores.blocks * ROWS, x / scores.blocks * 2 * PIECE));
+                ds_rows[x] = load_matrix(ds_read, comptime!(down * pitch(tile.cols, c.element) + across));
+            }
+            let do_here = do_rows_place + stage + other_first * v_down;
+            let q_here = q_rows_place + stage + other_first * k_down;
+            accumulate_fragments(&mut acc_v, &p_rows, do_here, v_pairs, c.value_dim, scores, c.element);
+            accumulate_fragments(&mut acc_k, &ds_rows, q_here, k_pairs, c.head_dim, scores, c.element);
+            // Likewise ds of all keys for the queries of which the warp takes dq.
+            sync_some(comptime!(1 + tile.warps as u32 / 2) + half, comptime!(tile.units() / 2));
             let place = place_of(owned, h, step.i0 / comptime!(tile.cols as u32), n, tile.cols);
             let turn = if comptime!(of.listed) {
                 listed_turn
@@ -189,14 +249,14 @@ pub(crate) fn one_pass_kernel<E: Float>(
             };
             added = counters + (place as u64 + 1u64) * 4u64;
             let early = turn_now(added);
-            let mut part_q = Array::<Sums>::new(comptime!(2 * of.pairs()));
+            let mut part_q = Array::<Sums>::new(comptime!(of.blocks()));
             product_turned(&mut part_q, ds_place, k_rows_place, first_pair, of, c); // dq = ds · k
             turn_wait(added, early, turn);
             let to = sums_at
                 + place as u64 * comptime!(of.sums_bytes() as u64)
                 + u64::cast_from(UNIT_POS) * comptime!(PIECE as u64);
             #[unroll]
-            for x in 0..comptime!(2 * of.pairs()) {
+            for x in 0..comptime!(of.blocks()) {
                 let here = comptime!(x * tile.units() * PIECE);
                 if turn == 0 {
                     store_floats(to, here, part_q[x]);
@@ -209,35 +269,14 @@ pub(crate) fn one_pass_kernel<E: Float>(
         wait_copies(0usize);
     }
     // The gradients take the place of keys and values.
-    fence_device();
     sync_cube();
     turn_pass(added, UNIT_POS == 0);
     let first_row = (owned.batch * n.heads_kv + owned.key_head) as usize * n.seq_kv as usize;
-    let mut factor = Array::<f32>::new(2usize);
-    #[unroll]
-    for x in 0..2usize {
-        factor[x] = n.factor; // by which dropout grows what it keeps
+    // By which dropout grows what it keeps.
+    store_halves::<E>(&acc_v, n.factor, dv, first_row, j0, n.seq_kv, v_at, n.value_dim, c.value_dim, tile, c.element);
+    let mut factor = 1.0f32;
+    if comptime!(!c.options) {
+        factor = n.scale;
     }
-    store_rows::<E>(
-        &acc_v,
-        &factor,
-        dv,
-        first_row,
-        j0,
-        n.seq_kv,
-        v_at,
-        n.value_dim,
-        c.value_dim,
-        false,
-        tile,
-        c.element,
-    );
-    #[unroll]
-    for x in 0..2usize {
-        factor[x] = 1.0f32;
-        if comptime!(!c.options) {
-            factor[x] = n.scale;
-        }
-    }
-    store_rows::<E>(&acc_k, &factor, dk, first_row, j0, n.seq_kv, k_at, n.head_dim, c.head_dim, false, tile, c.element);
+    store_halves::<E>(&acc_k, factor, dk, first_row, j0, n.seq_kv, k_at, n.head_dim, c.head_dim, tile, c.element);
 }

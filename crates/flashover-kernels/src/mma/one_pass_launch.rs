@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
 use super::one_pass::one_pass_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
-use super::tile::{PIECE, padded, pitch};
+use super::tile::{DEPTH, PIECE, padded, pitch};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
 use crate::family::checks::{check_operands, check_outputs, check_plan, check_rest};
 use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
@@ -72,19 +72,36 @@ impl OnePass {
         self.tile.shape().turned()
     }
 
-    /// Warps side by side over the queries of dq; the others have further elements of the head dimension.
-    pub(crate) const fn query_warps(&self) -> usize {
-        self.tile.cols / ROWS
+    /// Whether the tile is one that pairs of warps can share, each pair with a barrier of the 16 that a cube has, beside three others.
+    const fn in_pairs(&self) -> bool {
+        let MmaTile { warps, blocks, cols, .. } = self.tile;
+        blocks == 1 && warps.is_multiple_of(2) && warps / 2 + 3 <= 16 && cols.is_multiple_of(2 * DEPTH)
     }
 
-    /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end.
+    /// How a warp multiplies scores: two share 32 keys, each with half the queries.
+    pub(crate) const fn scores(&self) -> MmaTile {
+        let cols = self.tile.cols / 2;
+        MmaTile { warps: self.tile.warps / 2, blocks: 2, cols, part: cols }
+    }
+
+    /// Blocks of 16 queries that a warp has of dq: half of all.
+    pub(crate) const fn query_blocks(&self) -> usize {
+        self.tile.cols / (2 * ROWS)
+    }
+
+    /// Pairs of blocks of 8 elements that a warp has of dq, the last perhaps past the end: every second warp has the same queries.
     pub(crate) const fn pairs(&self) -> usize {
-        (self.head_dim / 16).div_ceil(self.tile.warps / self.query_warps())
+        (self.head_dim / DEPTH).div_ceil(self.tile.warps / 2)
     }
 
     /// Whether the pairs of all warps are those of the head dimension.
     pub(crate) const fn even(&self) -> bool {
-        (self.head_dim / 16).is_multiple_of(self.tile.warps / self.query_warps())
+        (self.head_dim / DEPTH).is_multiple_of(self.tile.warps / 2)
+    }
+
+    /// Blocks of sums that a warp has of dq.
+    pub(crate) const fn blocks(&self) -> usize {
+        2 * self.pairs() * self.query_blocks()
     }
 
     /// Bytes between rows in shared memory, the same for all elements that it takes.
@@ -102,15 +119,20 @@ impl OnePass {
         self.tile.rows() * self.pitch(self.tile.cols)
     }
 
+    /// Bytes of the weights that warps hand each other.
+    pub(crate) const fn weight_bytes(&self) -> usize {
+        self.tile.rows() * self.tile.cols * Element::BF16.bytes()
+    }
+
     /// Bytes of a tile of dq in f32.
     pub(crate) const fn sums_bytes(&self) -> usize {
-        2 * self.pairs() * self.tile.units() * PIECE
+        self.blocks() * self.tile.units() * PIECE
     }
 
     /// Shared memory of a cube in bytes.
     pub const fn shared_bytes(&self) -> usize {
         let own = self.tile.rows() * (self.pitch(self.head_dim) + self.pitch(self.value_dim));
-        own + STAGES * self.stage_bytes() + self.ds_bytes()
+        own + STAGES * self.stage_bytes() + self.ds_bytes() + self.weight_bytes()
     }
 }
 
@@ -136,7 +158,7 @@ pub fn backward_one_pass(
     let limits = DeviceLimits::of(client);
     super::checks::check_limits(problem, &limits, super::MmaConfig::of(problem).0)?;
     let (own, _) = OnePass::of(problem, &limits).map_err(|what| KernelError::Form { kernel, what })?;
-    if (OnePass { tile: of.tile, ..own }) != of || of.shared_bytes() > limits.max_shared_bytes {
+    if (OnePass { tile: of.tile, ..own }) != of || !of.in_pairs() || of.shared_bytes() > limits.max_shared_bytes {
         return Err(KernelError::Tiles { kernel, expected: own.to_string(), found: of.to_string() });
     }
     check_operands(problem, operands)?;

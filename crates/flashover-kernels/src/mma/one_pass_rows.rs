@@ -66,7 +66,7 @@ pub(crate) fn finish_kernel<E: Float>(
     #[define(E)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS < units {
-        let (warps, blocks) = comptime!((c.tile.warps, 2 * of.pairs()));
+        let (warps, blocks) = comptime!((c.tile.warps, of.blocks()));
         let g = ABSOLUTE_POS % 8;
         let warp = ABSOLUTE_POS / 8 % warps;
         let x = ABSOLUTE_POS / comptime!(8 * warps) % blocks;
@@ -75,8 +75,10 @@ pub(crate) fn finish_kernel<E: Float>(
         let (head, i0) = (place / tiles, (place % tiles * c.tile.cols) as u32);
         // Nobody has written where nobody came by.
         let seen = turns[place + 1] > 0;
-        let (query_warp, part) = (warp % comptime!(of.query_warps()), warp / comptime!(of.query_warps()));
-        let first = (part * blocks + x) as u32 * comptime!(PIECE_LEN as u32);
+        let (half_of_queries, part) = (warp % 2, warp / 2);
+        let from = ((place * blocks + x) * warps + warp) * WARP + g * 4;
+        let (block, x) = (x / comptime!(2 * of.pairs()), x % comptime!(2 * of.pairs()));
+        let first = (part * comptime!(2 * of.pairs()) + x) as u32 * comptime!(PIECE_LEN as u32);
         let mut factor = 1.0f32;
         if comptime!(!c.options) {
             factor = n.scale;
@@ -86,12 +88,12 @@ pub(crate) fn finish_kernel<E: Float>(
         for t in 0..4usize {
             fours[t] = Vector::<f32, Const<4>>::new(0.0f32);
             if seen {
-                fours[t] = sums[((place * blocks + x) * warps + warp) * WARP + g * 4 + t];
+                fours[t] = sums[from + t];
             }
         }
         #[unroll]
         for half in 0..2usize {
-            let i = i0 + (query_warp * ROWS + g + 8 * half) as u32;
+            let i = i0 + ((half_of_queries * comptime!(of.query_blocks()) + block) * ROWS + g + 8 * half) as u32;
             let to = (head * n.seq_q as usize + i as usize) * n.head_dim as usize + first as usize;
             if i < n.seq_q && first < n.head_dim {
                 if n.head_dim.is_multiple_of(comptime!(PIECE_LEN as u32)) {

@@ -132,7 +132,58 @@ fn accumulate_halves(
     }
 }
 
-/// `sums = wᵀ · b`: this warp's 16 columns of `w` at [`column_place`](super::tile::column_place), a row of it a key, and of `b` the blocks
+/// The columns of `weights`, rounded, as rows to multiply with: a fragment a depth and block, those of a depth side by side.
+#[cube]
+pub(crate) fn fragments(
+    to: &mut Array<Fragment>,
+    weights: &Array<Sums>,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let (blocks, col_blocks) = comptime!((tile.blocks, tile.cols / COLS));
+    #[unroll]
+    for x in 0..comptime!(tile.cols / DEPTH * blocks) {
+        let mut packed = Fragment::new(0u32);
+        #[unroll]
+        for y in 0..4usize {
+            let sums = weights[comptime!(x % blocks * col_blocks + x / blocks * 2 + y / 2)];
+            let (low, high) = (sums.extract(comptime!(y % 2 * 2)), sums.extract(comptime!(y % 2 * 2 + 1)));
+            packed.insert(y, pack(low, high, element));
+        }
+        to[x] = packed;
+    }
+}
+
+/// `acc += rows · b`: `rows` as of [`fragments`], of `b` so many pairs of blocks from [`row_place`](super::tile::row_place) on, whose rows
+/// have `dim` elements.
+#[cube]
+pub(crate) fn accumulate_fragments(
+    acc: &mut Array<Sums>,
+    rows: &Array<Fragment>,
+    b: u32,
+    #[comptime] pairs: usize,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let blocks = comptime!(tile.blocks);
+    #[unroll]
+    for depth in 0..comptime!(tile.cols / DEPTH) {
+        #[unroll]
+        for pair in 0..pairs {
+            let columns = load_matrix_transposed(b, comptime!(depth * DEPTH * pitch(dim, element) + pair * 2 * PIECE));
+            #[unroll]
+            for block in 0..blocks {
+                let x = comptime!(2 * (block * pairs + pair));
+                let row = rows[comptime!(depth * blocks + block)];
+                acc[x] = mma(row, columns.extract(0usize), columns.extract(1usize), acc[x], element);
+                acc[x + 1] = mma(row, columns.extract(2usize), columns.extract(3usize), acc[x + 1], element);
+            }
+        }
+    }
+}
+
+/// `sums = wᵀ · b`: this warp's columns of `w` at [`column_place`](super::tile::column_place), a row of it a key, and of `b` the blocks
 /// of the head dimension from pair `first_pair` on at [`row_place`](super::tile::row_place).
 #[cube]
 pub(crate) fn product_turned(
@@ -143,22 +194,32 @@ pub(crate) fn product_turned(
     #[comptime] of: OnePass,
     #[comptime] c: Compiled,
 ) {
+    let (blocks, pairs) = comptime!((of.query_blocks(), of.pairs()));
     #[unroll]
-    for x in 0..comptime!(2 * of.pairs()) {
+    for x in 0..comptime!(of.blocks()) {
         sums[x] = Sums::new(0.0f32);
     }
     #[unroll]
     for depth in 0..comptime!(c.tile.rows() / DEPTH) {
-        let rows = load_matrix_transposed(w, comptime!(depth * DEPTH * pitch(c.tile.cols, c.element)));
+        let mut rows = Array::<Fragment>::new(blocks);
         #[unroll]
-        for pair in 0..comptime!(of.pairs()) {
+        for block in 0..blocks {
+            let offset = comptime!(depth * DEPTH * pitch(c.tile.cols, c.element) + block * 2 * PIECE);
+            rows[block] = load_matrix_transposed(w, offset);
+        }
+        #[unroll]
+        for pair in 0..pairs {
             // Of the last warps' elements some may lie past the end.
             if comptime!(of.even()) || first_pair + comptime!(pair as u32) < comptime!((c.head_dim / 16) as u32) {
                 let offset = comptime!(depth * DEPTH * pitch(c.head_dim, c.element) + pair * 2 * PIECE);
                 let columns = load_matrix_transposed(b, offset);
-                let x = comptime!(2 * pair);
-                sums[x] = mma(rows, columns.extract(0usize), columns.extract(1usize), sums[x], c.element);
-                sums[x + 1] = mma(rows, columns.extract(2usize), columns.extract(3usize), sums[x + 1], c.element);
+                #[unroll]
+                for block in 0..blocks {
+                    let x = comptime!(2 * (block * pairs + pair));
+                    sums[x] = mma(rows[block], columns.extract(0usize), columns.extract(1usize), sums[x], c.element);
+                    sums[x + 1] =
+                        mma(rows[block], columns.extract(2usize), columns.extract(3usize), sums[x + 1], c.element);
+                }
             }
         }
     }

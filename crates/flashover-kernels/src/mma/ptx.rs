@@ -173,6 +173,13 @@ pub(crate) fn store_shared(address: u32, #[comptime] offset: usize, x: u32) {
     gpu_asm!("st.shared.b32 [{address}+{offset}], {x};", address = in(_) address, x = in(_) x);
 }
 
+/// Waits until `units` units have come to barrier `id`, and what they wrote to shared memory is there. 0 is that of the cube.
+#[cube]
+pub(crate) fn sync_some(id: u32, #[comptime] units: usize) {
+    let id = value_of::<u32>(id);
+    gpu_asm!("bar.sync {id}, {units};", id = in(_) id);
+}
+
 /// Writes two registers to shared memory.
 #[cube]
 pub(crate) fn store_shared_8(address: u32, #[comptime] offset: usize, low: u32, high: u32) {
@@ -242,12 +249,6 @@ pub(crate) fn add_floats(address: u64, #[comptime] offset: usize, x: Sums, #[com
     }
 }
 
-/// What this unit wrote to global memory is there for the device before what it does next.
-#[cube]
-pub(crate) fn fence_device() {
-    gpu_asm!("fence.acq_rel.gpu;");
-}
-
 /// How many have had their turn; asked for early, the answer is there when it is needed.
 #[cube]
 pub(crate) fn turn_now(counter: u64) -> u32 {
@@ -269,7 +270,9 @@ pub(crate) fn turn_wait(counter: u64, now: u32, turn: u32) {
     );
 }
 
-/// Gives the turn at a counter, if it is one, to the next; the leader counts, after a fence and a barrier of all.
+/// Gives the turn at a counter, if it is one, to the next; the leader counts, after a barrier of all. The barrier orders what all have added
+/// before the leader's release, and a release covers all that is ordered before it, not only what its own unit did (PTX ISA, "Memory
+/// consistency model", causality order).
 #[cube]
 pub(crate) fn turn_pass(counter: u64, leader: bool) {
     if leader && counter != 0 {

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::config::{COLS, MmaTile, ROWS, WARP};
 use super::ptx::{Sums, store_global_2, store_global_16, store_shared, store_shared_8};
-use super::tile::{PIECE, piece_len, pitch};
+use super::tile::{DEPTH, PIECE, PIECE_LEN, piece_len, pitch};
 use crate::family::ptx::{global_address, load_shared_16, pack};
 use crate::family::rounding::lost;
 use crate::problem::Element;
@@ -84,6 +84,72 @@ pub(crate) fn store_rows<E: Float>(
                     } else {
                         out[to] = E::cast_from(y);
                     }
+                }
+            }
+        }
+    }
+}
+
+/// [`store_rows`] where two warps share 32 rows and each has half the elements of them, and with one factor: through the shared memory
+/// of the whole tile, that the caller's cube is done with.
+#[cube]
+pub(crate) fn store_halves<E: Float>(
+    acc: &Array<Sums>,
+    factor: f32,
+    out: &mut [E],
+    first: usize,
+    row: u32,
+    rows: u32,
+    at: u32,
+    width: u32,
+    #[comptime] dim: usize,
+    #[comptime] tile: MmaTile,
+    #[comptime] element: Element,
+) {
+    let (warp, lane) = (UNIT_POS / comptime!(WARP as u32), UNIT_POS % comptime!(WARP as u32));
+    let warp_row = warp / 2 * comptime!(2 * ROWS as u32) + lane / 4;
+    // The second warp's last blocks may lie past the end.
+    let (col_blocks, pitch) = comptime!((2 * (dim / DEPTH).div_ceil(2), pitch(dim, element)));
+    let first_block = warp % 2 * comptime!(col_blocks as u32);
+    if width.is_multiple_of(comptime!(PIECE_LEN as u32)) {
+        let to = at + warp_row * comptime!(pitch as u32) + first_block * comptime!(PIECE as u32) + lane % 4 * 4;
+        #[unroll]
+        for x in 0..comptime!(2 * col_blocks) {
+            if first_block + comptime!((x % col_blocks) as u32) < comptime!((dim / COLS) as u32) {
+                #[unroll]
+                for half in 0..2usize {
+                    let low = acc[x].extract(comptime!(2 * half)) * factor;
+                    let high = acc[x].extract(comptime!(2 * half + 1)) * factor;
+                    let down = comptime!(x / col_blocks * ROWS + half * 8);
+                    let offset = comptime!(down * pitch + x % col_blocks * PIECE);
+                    store_shared(to, offset, pack(low, high, element));
+                }
+            }
+        }
+        sync_cube();
+        let start = global_address::<E>(&*out);
+        let per_row = width / comptime!(PIECE_LEN as u32);
+        let mut e = UNIT_POS;
+        while e < per_row * comptime!(tile.rows() as u32) {
+            let (r, piece) = (e / per_row, e % per_row);
+            if row + r < rows {
+                let from = at + r * comptime!(pitch as u32) + piece * comptime!(PIECE as u32);
+                let bytes = (first + (row + r) as usize) as u64 * u64::cast_from(width * 2)
+                    + u64::cast_from(piece) * comptime!(PIECE as u64);
+                store_global_16(start + bytes, load_shared_16(from, 0usize));
+            }
+            e += comptime!(tile.units() as u32);
+        }
+    } else {
+        #[unroll]
+        for x in 0..comptime!(2 * col_blocks) {
+            #[unroll]
+            for z in 0..4usize {
+                let i = row + warp_row + comptime!((x / col_blocks * ROWS + z / 2 * 8) as u32);
+                let block = first_block + comptime!((x % col_blocks) as u32);
+                let d = block * comptime!(COLS as u32) + lane % 4 * 2 + comptime!((z % 2) as u32);
+                if i < rows && d < width {
+                    out[(first + i as usize) * width as usize + d as usize] = E::cast_from(acc[x].extract(z) * factor);
                 }
             }
         }
