@@ -301,3 +301,43 @@ impl Call<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes(tile: MmaTile, dim: usize) -> OnePass {
+        OnePass { tile, head_dim: dim, value_dim: dim, listed: false, vector_adds: true }
+    }
+
+    fn tile(warps: usize, blocks: usize, cols: usize) -> MmaTile {
+        MmaTile { warps, blocks, cols, part: cols }
+    }
+
+    #[test]
+    fn pairs_of_warps_have_all_of_a_tile() {
+        for warps in [4, 8] {
+            for dim in (DEPTH..=WIDE).step_by(DEPTH) {
+                let of = sizes(tile(warps, 1, 64), dim);
+                assert!(of.in_pairs());
+                assert_eq!(of.scores().rows(), of.tile.rows());
+                let covered = warps / 2 * of.pairs() * DEPTH;
+                assert!(covered >= dim && of.even() == (covered == dim), "{of}, {dim} elements");
+                // Half the queries of dq, 16 a block.
+                assert_eq!(of.blocks() * 16, 2 * of.pairs() * 32, "{of}, {dim} elements");
+            }
+        }
+        for other in [tile(3, 1, 64), tile(4, 2, 64), tile(4, 1, 48), tile(28, 1, 64)] {
+            assert!(!sizes(other, 64).in_pairs(), "{other}");
+        }
+    }
+
+    #[test]
+    fn cubes_fit_the_shared_memory_that_is_documented() {
+        let bytes = |warps, dim| sizes(tile(warps, 1, 64), dim).shared_bytes();
+        // Two cubes a multiprocessor of sm90, 1 KB of each the system's; else what a cube can have on sm90 and sm80.
+        assert!(2 * (bytes(4, 64) + 1024) <= 228 * 1024);
+        assert!(bytes(8, 112) <= 163 * 1024);
+        assert!((163 * 1024..=227 * 1024).contains(&bytes(8, 128)));
+    }
+}
