@@ -86,7 +86,9 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
         }
     } else {
         registers_increase(registers);
-        let group = UNIT_POS / comptime!(WARPGROUP as u32) - 1;
+        // Which of the two ptxas finds registers for without spilling depends on how many a thread has.
+        let number = UNIT_POS / comptime!(WARPGROUP as u32);
+        let group = if comptime!(cfg.consumers == 2) { number } else { uniform(number) } - 1;
         let consumer = Consumer {
             barriers: barrier_address(&barriers[0]),
             lines: lines_at(&line_words, cfg),
