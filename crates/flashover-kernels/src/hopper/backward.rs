@@ -24,9 +24,7 @@ use cubecl::prelude::*;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_copies::{Barriers, add_pieces, add_up, copy_tiles};
 use super::backward_messages::{LINE, LINES, told_step};
-use super::backward_scores::{
-    KeyRows, Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, weigh,
-};
+use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, weights_of};
 use super::backward_wide::consume;
 use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
@@ -38,7 +36,7 @@ use super::ptx::{
 use super::ring::{address_at, addresses, advance, barriers, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
-use crate::family::element::{Numbers, head_of};
+use crate::family::element::Numbers;
 use crate::family::listed::Lists;
 use crate::family::ptx::{global_address, ticket, value_of};
 use crate::family::turns::{KeyTile, all_steps_listed, key_tile};
@@ -235,26 +233,9 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         barrier_wait(address_at(&gates.do_full, stage, stages), parity);
         let dp_flying = gradients_of_weights::<NS>(places, stage, cfg);
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
-        let mut slopes = Vector::<u32, NP>::new(0u32);
-        if comptime!(!cfg.plain) {
-            let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
-            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
-        }
-        weigh::<NS>(&mut s, rows, row, factor, cfg);
-        if !step.full {
-            hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
-            if comptime!(!cfg.plain) {
-                if n.mask_at != 0 {
-                    let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
-                    hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
-                }
-            }
-            if comptime!(cfg.listed) {
-                if step.bits != 0 {
-                    hide_unlisted::<NS>(&mut s, keys, step, scratch, cfg);
-                }
-            }
-        }
+        let slopes = weights_of::<E, NS, NP>(
+            &mut s, rows, row, keys, tile, step, head, bias, scratch, n, factor, with_bias, function, cfg,
+        );
         let mut dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
         if comptime!(!cfg.plain) {
             drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);

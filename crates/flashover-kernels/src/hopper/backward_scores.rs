@@ -6,9 +6,10 @@ use super::backward_config::HopperBackwardConfig;
 use super::ptx::Accumulator;
 use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::dropout_keeps;
-use crate::family::element::{Head, Numbers, position};
+use crate::family::element::{Head, Numbers, head_of, position};
 use crate::family::ptx::{exp2, pack, unpack};
 use crate::family::score_function::{function_derivative, with_function};
+use crate::family::turns::KeyTile;
 use crate::family::walk::Step;
 use crate::score::{Alibi, Bias, Position, ScoreCode, ScoreFunction, Softcap};
 
@@ -23,10 +24,52 @@ pub(crate) struct KeyRows {
 /// Statistics of the queries of the tiles in flight, pairs of neighbours: `−lse` of a tile's queries, then `delta`, then hashes.
 pub(crate) type Statistics = Shared<[Vector<f32, Const<2>>]>;
 
+/// The products of a step become weights, hidden ones 0, by the statistics of the queries from `row` on. Where a score is more than a scaled product
+/// the derivatives come back.
+#[cube]
+pub(crate) fn weights_of<E: Float, N: Size, P: Size>(
+    s: &mut Accumulator<N>,
+    rows: &Statistics,
+    row: usize,
+    keys: KeyRows,
+    tile: KeyTile,
+    step: Step,
+    head: u32,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    n: Numbers,
+    factor: f32,
+    #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> Vector<u32, P> {
+    let mut slopes = Vector::<u32, P>::new(0u32);
+    if comptime!(!cfg.plain) {
+        let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
+        slopes = shape_scores::<E, N, P>(s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
+    }
+    weigh::<N>(s, rows, row, factor, cfg);
+    if !step.full {
+        hide::<N>(s, keys, step.i0, tile.at, n, cfg);
+        if comptime!(!cfg.plain) {
+            if n.mask_at != 0 {
+                let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
+                hide_bits::<N>(s, keys, step.i0, at, scratch, n, cfg);
+            }
+        }
+        if comptime!(cfg.listed) {
+            if step.bits != 0 {
+                hide_unlisted::<N>(s, keys, step, scratch, cfg);
+            }
+        }
+    }
+    slopes
+}
+
 /// Products or scores become weights `exp(s − lse)`; `row` is where the thread's first statistic stands. Where products are all that
 /// scores are made of, `factor` takes them to logarithms of base 2, in which the statistics hold `−lse`.
 #[cube]
-pub(crate) fn weigh<N: Size>(
+fn weigh<N: Size>(
     s: &mut Accumulator<N>,
     rows: &Statistics,
     row: usize,
@@ -120,7 +163,7 @@ pub(crate) fn times_slopes<N: Size, P: Size>(
 
 /// Weights of keys that a query does not see become 0. A query past the end has none anyway: its `−lse` is −∞.
 #[cube]
-pub(crate) fn hide<N: Size>(
+fn hide<N: Size>(
     p: &mut Accumulator<N>,
     keys: KeyRows,
     i0: u32,
@@ -148,7 +191,7 @@ pub(crate) fn hide<N: Size>(
 
 /// What a dense mask hides, as [`hide`]. The keys of a warp's rows lie in one word of 32.
 #[cube]
-pub(crate) fn hide_bits<N: Size>(
+fn hide_bits<N: Size>(
     p: &mut Accumulator<N>,
     keys: KeyRows,
     i0: u32,
@@ -175,7 +218,7 @@ pub(crate) fn hide_bits<N: Size>(
 
 /// What a plan's bits of a Partial tile hide, as [`hide`]. They reach past the ends of queries and keys.
 #[cube]
-pub(crate) fn hide_unlisted<N: Size>(
+fn hide_unlisted<N: Size>(
     p: &mut Accumulator<N>,
     keys: KeyRows,
     step: Step,
@@ -204,7 +247,7 @@ pub(crate) fn hide_unlisted<N: Size>(
 /// Packed, it costs `ds` one more rounding to 16 bits beside its own, two with both. In f32 it would take the registers of a
 /// product, or what hides behind the product for `dp` would have to wait for it.
 #[cube]
-pub(crate) fn shape_scores<E: Float, N: Size, P: Size>(
+fn shape_scores<E: Float, N: Size, P: Size>(
     s: &mut Accumulator<N>,
     keys: KeyRows,
     i0: u32,

@@ -19,9 +19,7 @@ use super::backward::{
 };
 use super::backward_config::HopperBackwardConfig;
 use super::backward_copies::{Barriers, gradient_ring};
-use super::backward_scores::{
-    Statistics, differentiate, drop_elements, hide, hide_bits, hide_unlisted, shape_scores, times_slopes, weigh,
-};
+use super::backward_scores::{Statistics, differentiate, drop_elements, times_slopes, weights_of};
 use super::bulk::fence_shared;
 use super::config::{PIECE, WARPGROUP};
 use super::ptx::{
@@ -31,7 +29,7 @@ use super::ptx::{
 use super::ring::{address_at, advance, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
-use crate::family::element::{Numbers, head_of};
+use crate::family::element::Numbers;
 use crate::family::ptx::value_of;
 use crate::family::turns::KeyTile;
 use crate::score::ScoreCode;
@@ -134,26 +132,9 @@ fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         advance(&mut ring, comptime!(stages as u32));
         left -= 1;
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
-        let mut slopes = Vector::<u32, NP>::new(0u32);
-        if comptime!(!cfg.plain) {
-            let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
-            slopes = shape_scores::<E, NS, NP>(&mut s, keys, step.i0, at, scratch, bias, n, with_bias, function, cfg);
-        }
-        weigh::<NS>(&mut s, rows, row, factor, cfg);
-        if !step.full {
-            hide::<NS>(&mut s, keys, step.i0, tile.at, n, cfg);
-            if comptime!(!cfg.plain) {
-                if n.mask_at != 0 {
-                    let at = head_of::<E>(tile.batch, head, scratch, bias, n, with_bias);
-                    hide_bits::<NS>(&mut s, keys, step.i0, at, scratch, n, cfg);
-                }
-            }
-            if comptime!(cfg.listed) {
-                if step.bits != 0 {
-                    hide_unlisted::<NS>(&mut s, keys, step, scratch, cfg);
-                }
-            }
-        }
+        let slopes = weights_of::<E, NS, NP>(
+            &mut s, rows, row, keys, tile, step, head, bias, scratch, n, factor, with_bias, function, cfg,
+        );
         if comptime!(cfg.plain) {
             give_queries::<NS>(s, handed_line(cfg), sdq, cfg);
         } else {
