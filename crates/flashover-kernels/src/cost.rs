@@ -1,10 +1,11 @@
 //! What each launch costs, computed on the host from the problem alone: the same launches, in the same order, with the
 //! same bindings, shared memory and scratch as [`launch_log`](crate::launch_log) records.
 
-use crate::cmma::{self, CmmaConfig, CmmaTile};
+use crate::cmma::{CmmaConfig, CmmaTile};
 use crate::family::launcher::SUM_UNITS;
 use crate::family::tile_shape::TileShape;
 use crate::family::turn_buffer::{LIST_STEPS, list_bytes};
+use crate::family::two_passes;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mask::Band;
 use crate::mma::{self, MmaConfig, MmaTile, OnePass};
@@ -216,7 +217,7 @@ pub fn mma_one_pass(problem: &Problem, of: OnePass, with_dlse: bool) -> Vec<Cost
     if problem.is_empty() || problem.seq_kv == 0 {
         return Vec::new();
     }
-    let model = Model::new(problem, mma::backward_scratch_bytes(problem));
+    let model = Model::new(problem, two_passes::scratch_bytes(problem));
     let mut costs = model.fill();
     let tile = Some(Tile::MmaOnePass(of));
     let dlse = if with_dlse { model.statistic } else { 0 };
@@ -260,8 +261,7 @@ pub fn mma_backward(problem: &Problem, config: MmaConfig, wanted: Wanted, with_d
         owner("backward_queries_mma", queries, queries.queries_shared_bytes(problem)),
         owner("backward_keys_mma", keys, keys.keys_shared_bytes(problem)),
     ];
-    let of = (mma::backward_scratch_bytes(problem), mma::keys_fused(problem));
-    two_passes(problem, of, owners, wanted, with_dlse)
+    in_two_passes(problem, owners, wanted, with_dlse)
 }
 
 /// Launches of [`cmma::backward`], likewise.
@@ -272,8 +272,7 @@ pub fn cmma_backward(problem: &Problem, config: CmmaConfig, wanted: Wanted, with
         owner("backward_queries_cmma", queries, queries.queries_shared_bytes(problem)),
         owner("backward_keys_cmma", keys, keys.keys_shared_bytes(problem)),
     ];
-    let of = (cmma::backward_scratch_bytes(problem), cmma::keys_fused(problem));
-    two_passes(problem, of, owners, wanted, with_dlse)
+    in_two_passes(problem, owners, wanted, with_dlse)
 }
 
 /// One of the two kernels of a backward in two passes: what it owns gives it its name.
@@ -284,19 +283,13 @@ struct Owner {
     units: usize,
 }
 
-/// A backward of q, k and v in two passes, by the owners of queries and of keys; `fused` if the latter takes dk and dv at once.
-fn two_passes(
-    problem: &Problem,
-    (scratch_bytes, fused): (usize, bool),
-    [queries, keys]: [Owner; 2],
-    wanted: Wanted,
-    with_dlse: bool,
-) -> Vec<Cost> {
+/// A backward of q, k and v in two passes, by the owners of queries and of keys.
+fn in_two_passes(problem: &Problem, [queries, keys]: [Owner; 2], wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
     let Wanted { q, k, v, .. } = wanted;
     if problem.is_empty() || problem.seq_kv == 0 || !(q || k || v) {
         return Vec::new();
     }
-    let model = Model::new(problem, scratch_bytes);
+    let model = Model::new(problem, two_passes::scratch_bytes(problem));
     let mut costs = model.fill();
     let statistics = 2 * model.statistic;
     let dlse = if with_dlse { model.statistic } else { 0 };
@@ -308,7 +301,7 @@ fn two_passes(
         let flops = model.products(1 + 2 * u64::from(q), 1 + u64::from(q));
         costs.push(model.owner(&queries, flops, read + written, 5 + model.bias_bound + usize::from(q)));
     }
-    for (k, v) in if fused { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
+    for (k, v) in if two_passes::keys_fused(problem) { vec![(k, v)] } else { vec![(k, false), (false, v)] } {
         if k || v {
             let written = if k { model.k } else { 0 } + if v { model.v } else { 0 };
             let unread = if k { 0 } else { model.v };

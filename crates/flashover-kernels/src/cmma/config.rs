@@ -3,13 +3,11 @@
 use super::tile::{EDGE, LANES, padded, pitch, score_pitch};
 use crate::block_plan::TileSize;
 use crate::device::{DeviceLimits, DeviceTensor};
+use crate::family::element::has_options;
 use crate::family::tile_shape::TileShape;
+use crate::family::two_passes::FEW_KEYS;
 use crate::problem::{Element, Problem};
 use crate::score::ScoreCode;
-
-/// Keys below which a backward multiplies weights and gradients of scores twice, rounded and what rounding took from them: with
-/// so few, gradients largely consist of that.
-pub(crate) const FEW_KEYS: usize = 16;
 
 /// Keys that one word of a plan's bitmap tells of: a tile takes whole words.
 const WORD: usize = 32;
@@ -205,18 +203,13 @@ pub(crate) struct Compiled {
 
 impl Compiled {
     pub fn of(problem: &Problem, tile: CmmaTile, backward: bool) -> Self {
-        let Problem { head_dim, value_dim, scale, softcap, alibi, score, dropout, .. } = *problem;
+        let Problem { head_dim, value_dim, score, .. } = *problem;
         Compiled {
             tile,
             head_dim: padded(head_dim),
             value_dim: padded(value_dim),
-            // Maxima are taken of products, so that the scale must keep their order.
-            options: softcap.is_some()
-                || alibi
-                || problem.bias.is_some()
-                || score.is_some()
-                || dropout.is_some()
-                || scale as f32 <= f32::MIN_POSITIVE,
+            // Maxima are taken of products.
+            options: has_options(problem),
             function: score.map(|score| score.code),
             hides: problem.bias.is_some() || score.is_some(),
             few_keys: backward && problem.seq_kv < FEW_KEYS,

@@ -26,4 +26,3 @@ mod tile;
 pub use checks::check_limits;
 pub use config::{CmmaConfig, CmmaTile};
 pub use launch::{backward, forward};
-pub(crate) use launch::{backward_scratch_bytes, keys_fused};

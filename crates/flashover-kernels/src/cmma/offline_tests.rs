@@ -109,7 +109,7 @@ fn compile_all<R>(
     let dim = |tile: CmmaTile| CubeDim::new_2d(tile.plane as u32, tile.planes as u32);
     let device = || properties(plane, edge);
     let target = || Arc::new(TargetProperties::default());
-    let fused = super::keys_fused(problem);
+    let fused = crate::family::two_passes::keys_fused(problem);
     let forward = forward_kernel::create_dummy_kernel(
         device(),
         target(),

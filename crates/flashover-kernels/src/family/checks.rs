@@ -2,10 +2,37 @@
 
 use cubecl::prelude::*;
 
+use super::launcher::BINDINGS;
 use super::launcher::Outputs;
-use crate::device::{DeviceTensor, KernelError, element_type};
+use crate::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use crate::operands::Operands;
 use crate::problem::Problem;
+
+/// Holds what any kernel needs against what the device has.
+pub(crate) fn check_room(
+    kernel: &'static str,
+    limits: &DeviceLimits,
+    shared_bytes: usize,
+    units: usize,
+) -> Result<(), KernelError> {
+    check_limit(kernel, limits, "bytes of shared memory", limits.max_shared_bytes, shared_bytes)?;
+    check_limit(kernel, limits, "units", limits.max_units, units)?;
+    check_limit(kernel, limits, "bindings", limits.max_bindings, BINDINGS)
+}
+
+/// Holds what a kernel needs of something against what there is of it.
+pub(crate) fn check_limit(
+    kernel: &'static str,
+    limits: &DeviceLimits,
+    what: &'static str,
+    limit: usize,
+    found: usize,
+) -> Result<(), KernelError> {
+    if found > limit {
+        return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
+    }
+    Ok(())
+}
 
 /// Holds a plan, in [`flat`](crate::block_plan::flat) form, against the problem's.
 pub(crate) fn check_plan(problem: &Problem, plan: Option<&DeviceTensor>) -> Result<(), KernelError> {

@@ -6,6 +6,7 @@ use super::walk::Step;
 use crate::block_plan::flat::{bit_is_set, bit_word};
 use crate::dropout::{dropout_keeps, dropout_row};
 use crate::mask::{band_allows, band_keys};
+use crate::problem::Problem;
 use crate::score::{Alibi, Bias, Position, ScoreFunction, Softcap};
 
 /// The numbers of a problem, and with them its options, given at run time: a kernel is compiled once for all lengths,
@@ -224,4 +225,16 @@ pub(crate) fn score_derivative(product: f32, i: u32, j: u32, at: Head, n: Number
         d *= Softcap::derivative(product * n.scale, place, n.softcap);
     }
     d
+}
+
+/// Whether a score is more than a product by a positive scale, or its probability is dropped.
+pub(crate) fn has_options(problem: &Problem) -> bool {
+    let Problem { scale, softcap, alibi, score, dropout, .. } = *problem;
+    softcap.is_some()
+        || alibi
+        || problem.bias.is_some()
+        || score.is_some()
+        || dropout.is_some()
+        // Folded into the exponent, the scale must keep the order of scores.
+        || scale as f32 <= f32::MIN_POSITIVE
 }

@@ -17,6 +17,7 @@ pub(crate) mod scratch;
 pub(crate) mod tile_shape;
 pub(crate) mod turn_buffer;
 pub(crate) mod turns;
+pub(crate) mod two_passes;
 pub(crate) mod walk;
 
 pub use launcher::{BINDINGS, Outputs};

@@ -3,7 +3,7 @@
 use super::backward_config::HopperBackwardConfig;
 use super::config::HopperConfig;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::BINDINGS;
+use crate::family::checks::{check_limit, check_room};
 use crate::problem::{Element, Problem};
 
 /// Bytes that addresses and strides of the copy engine are multiples of.
@@ -26,15 +26,7 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, cfg: HopperConfig)
             return Err(KernelError::HeadDim { kernel, what, multiple: ALIGNMENT / size_of::<u16>(), found });
         }
     }
-    for (what, limit, found) in [
-        ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes()),
-        ("units", limits.max_units, cfg.units()),
-        ("bindings", limits.max_bindings, BINDINGS),
-    ] {
-        if found > limit {
-            return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
-        }
-    }
+    check_room(kernel, limits, cfg.shared_bytes(), cfg.units())?;
     // A plan lists blocks for each head.
     let heads = if problem.plan.is_some() { 1 } else { problem.group() };
     if cfg.packed == 0 || cfg.packed > cfg.rows() || !heads.is_multiple_of(cfg.packed) {
@@ -65,11 +57,7 @@ pub fn check_backward(problem: &Problem, limits: &DeviceLimits, cfg: HopperBackw
         let expected = [cfg.bq as u32, cfg.bk() as u32];
         return Err(KernelError::PlanTile { kernel, expected, found: [plan.tile.bq, plan.tile.bk] });
     }
-    let (what, limit, found) = ("bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes());
-    if found > limit {
-        return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
-    }
-    Ok(())
+    check_limit(kernel, limits, "bytes of shared memory", limits.max_shared_bytes, cfg.shared_bytes())
 }
 
 /// Whether the copy engine can read a tensor of 16-bit elements where it lies: rows without gaps, at multiples of 16 bytes.

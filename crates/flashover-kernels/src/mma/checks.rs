@@ -2,7 +2,7 @@
 
 use super::config::MmaConfig;
 use crate::device::{DeviceLimits, KernelError};
-use crate::family::BINDINGS;
+use crate::family::checks::check_room;
 use crate::problem::{Element, Precision, Problem};
 
 /// Whether the kernels can run the problem in these tiles on a device.
@@ -34,15 +34,7 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, config: MmaConfig)
             return Err(KernelError::Feature { kernel, what, device: limits.name.clone() });
         }
     }
-    for (what, limit, found) in [
-        ("bytes of shared memory", limits.max_shared_bytes, config.shared_bytes(problem)),
-        ("units", limits.max_units, config.units()),
-        ("bindings", limits.max_bindings, BINDINGS),
-    ] {
-        if found > limit {
-            return Err(KernelError::Limit { kernel, what, device: limits.name.clone(), limit, found });
-        }
-    }
+    check_room(kernel, limits, config.shared_bytes(problem), config.units())?;
     if let Some(plan) = problem.plan
         && !config.divides(plan.tile)
     {

@@ -3,7 +3,9 @@
 use super::tile::{PIECE, PIECE_LEN, padded, pitch};
 use crate::block_plan::TileSize;
 use crate::device::DeviceTensor;
+use crate::family::element::has_options;
 use crate::family::tile_shape::TileShape;
+use crate::family::two_passes::FEW_KEYS;
 use crate::problem::{Element, Problem};
 use crate::score::ScoreCode;
 
@@ -18,11 +20,6 @@ pub(crate) const WARP: usize = 32;
 
 /// Tiles that are held at a time: one is worked on while the next arrives.
 pub(crate) const STAGES: usize = 2;
-
-/// Keys below which a backward multiplies weights and gradients of scores twice, rounded and what rounding took from them: with
-/// so few, gradients largely consist of that. A forward does not: its weights are exact where it matters, and values may be
-/// infinite, of which even a rest of 0 would make NaN.
-pub(crate) const FEW_KEYS: usize = 16;
 
 /// Head dimension, padded, beyond which the sums of a row take twice the registers.
 pub(crate) const WIDE: usize = 128;
@@ -239,18 +236,6 @@ impl Compiled {
         let near = |tensor: &DeviceTensor| tensor.strides[2].saturating_mul(2 * self.tile.cols) <= u32::MAX as usize;
         self.tile.has_plain_form(problem) && self.k_pieces && self.v_pieces && near(k) && near(v)
     }
-}
-
-/// Whether a score is more than a product by a positive scale, or its probability is dropped.
-fn has_options(problem: &Problem) -> bool {
-    let Problem { scale, softcap, alibi, score, dropout, .. } = *problem;
-    softcap.is_some()
-        || alibi
-        || problem.bias.is_some()
-        || score.is_some()
-        || dropout.is_some()
-        // Folded into the exponent, the scale must keep the order of scores.
-        || scale as f32 <= f32::MIN_POSITIVE
 }
 
 /// Whether every row of a `[B, H, S, D]` tensor is a whole number of aligned 16-byte pieces.

@@ -10,12 +10,9 @@ use super::checks::check_limits;
 use super::config::{Compiled, MmaConfig, MmaTile};
 use super::forward::forward_kernel;
 use super::forward_plain::forward_plain_kernel;
-use super::tile::padded;
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::checks::{check_operands, check_outputs, check_plan};
-use crate::family::element::NumbersLaunch;
-use crate::family::launcher::{Forward, Launcher, Outputs, binding_facts, cubes_of, numbers};
-use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
+use crate::family::launcher::{Forward, Outputs, binding_facts, cubes_of};
+use crate::family::two_passes::{self, Call};
 use crate::family::walk::Side;
 use crate::operands::{Gradients, Operands, Wanted};
 use crate::problem::{Element, Problem};
@@ -119,155 +116,85 @@ pub fn backward(
     config: MmaConfig,
 ) -> Result<Gradients<DeviceTensor>, KernelError> {
     check_limits(problem, &DeviceLimits::of(client), config)?;
-    check_operands(problem, operands)?;
-    check_plan(problem, plan)?;
-    check_outputs(problem, outputs)?;
-    let scores = problem.batch * problem.heads_q * problem.seq_q * problem.seq_kv;
-    let new = |operand: &DeviceTensor| {
-        let make = if scores == 0 { DeviceTensor::zeros } else { DeviceTensor::empty };
-        make(client, &operand.shape, operand.elem)
-    };
-    let gradients = Gradients {
-        q: wanted.q.then(|| new(&operands.q)),
-        k: wanted.k.then(|| new(&operands.k)),
-        v: wanted.v.then(|| new(&operands.v)),
-        ..Gradients::default()
-    };
-    let Gradients { q, k, v, .. } = &gradients;
-    if scores == 0 || !(wanted.q || wanted.k || wanted.v) {
-        return Ok(gradients);
-    }
-    let call = Backward::prepare(client, problem, operands, outputs, plan, config);
-    if wanted.q || wanted.k {
-        call.queries(q.as_ref());
-    }
-    if keys_fused(problem) {
-        if wanted.k || wanted.v {
-            call.keys(k.as_ref(), v.as_ref());
-        }
-    } else {
-        if wanted.k {
-            call.keys(k.as_ref(), None);
-        }
-        if wanted.v {
-            call.keys(None, v.as_ref());
-        }
-    }
-    Ok(gradients)
+    two_passes::gradients(
+        client,
+        problem,
+        operands,
+        outputs,
+        plan,
+        wanted,
+        |call, dq| queries(call, config.queries, dq),
+        |call, dk, dv| keys(call, config.keys, dk, dv),
+    )
 }
 
-/// Bytes of the scratch buffer of a backward.
-pub(crate) fn backward_scratch_bytes(problem: &Problem) -> usize {
-    Layout::of(problem, Some(Partials::default())).bytes()
+fn compiled(call: &Call, tile: MmaTile) -> Compiled {
+    let Operands { q, k, v, .. } = call.operands;
+    Compiled::of(call.problem, tile, [q, k, v], Some(&call.outputs.do_))
 }
 
-/// Whether `dk` and `dv` come from one launch: seven bindings hold both outputs or a bias, and a unit has registers for sums over
-/// 256 elements of a row.
-pub(crate) fn keys_fused(problem: &Problem) -> bool {
-    let dims = padded(problem.head_dim) + padded(problem.value_dim);
-    problem.bias.is_none() && dims <= crate::problem::MAX_HEAD_DIM
+/// `dq`, and `delta` into the scratch buffer.
+fn queries(call: &Call, tile: MmaTile, dq: Option<&DeviceTensor>) {
+    let Operands { q, k, v, bias, .. } = call.operands;
+    let bound = [q, k, v, &call.outputs.do_, &call.scratch].into_iter().chain(bias).chain(dq);
+    let (bindings, address) = binding_facts(bound);
+    let shared = tile.queries_shared_bytes(call.problem);
+    call.launcher.note("backward_queries_mma", &tile, bindings, shared, tile.units());
+    // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
+    // `Compiled` found rows aligned.
+    unsafe {
+        backward_queries_kernel::launch_unchecked(
+            call.launcher.client,
+            call.launcher.cubes(cubes_of(call.problem, Side::Queries, tile.shape())),
+            tile.dim(),
+            address,
+            q.arg(),
+            k.arg(),
+            v.arg(),
+            call.outputs.do_.arg(),
+            bias.as_ref().map(DeviceTensor::arg).into(),
+            call.scratch.buffer(),
+            dq.map(DeviceTensor::buffer).into(),
+            call.numbers(),
+            bias.is_some(),
+            dq.is_some(),
+            compiled(call, tile),
+            q.elem,
+        );
+    }
 }
 
-/// The launches of one backward.
-struct Backward<'a> {
-    launcher: Launcher<'a>,
-    config: MmaConfig,
-    problem: &'a Problem,
-    operands: &'a Operands<DeviceTensor>,
-    outputs: &'a Outputs,
-    layout: Layout,
-    scratch: DeviceTensor,
-}
-
-impl<'a> Backward<'a> {
-    /// Builds the scratch buffer and fills in the statistics of rows.
-    fn prepare(
-        client: &'a Client,
-        problem: &'a Problem,
-        operands: &'a Operands<DeviceTensor>,
-        outputs: &'a Outputs,
-        plan: Option<&DeviceTensor>,
-        config: MmaConfig,
-    ) -> Self {
-        let layout = Layout::of(problem, Some(Partials::default()));
-        let launcher = Launcher { client, scratch_bytes: layout.bytes() };
-        let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
-        fill_row_statistics(&launcher, problem, outputs, &scratch, &layout);
-        Backward { launcher, config, problem, operands, outputs, layout, scratch }
-    }
-
-    fn numbers(&self) -> NumbersLaunch {
-        numbers(self.problem, &self.layout)
-    }
-
-    fn compiled(&self, tile: MmaTile) -> Compiled {
-        let Operands { q, k, v, .. } = self.operands;
-        Compiled::of(self.problem, tile, [q, k, v], Some(&self.outputs.do_))
-    }
-
-    fn queries(&self, dq: Option<&DeviceTensor>) {
-        let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.config.queries;
-        let bound = [q, k, v, &self.outputs.do_, &self.scratch].into_iter().chain(bias).chain(dq);
-        let (bindings, address) = binding_facts(bound);
-        let shared = tile.queries_shared_bytes(self.problem);
-        self.launcher.note("backward_queries_mma", &tile, bindings, shared, tile.units());
-        // SAFETY: rows, keys and elements are tested against the checked shapes; 16-byte accesses are made only where
-        // `Compiled` found rows aligned.
-        unsafe {
-            backward_queries_kernel::launch_unchecked(
-                self.launcher.client,
-                self.launcher.cubes(cubes_of(self.problem, Side::Queries, tile.shape())),
-                tile.dim(),
-                address,
-                q.arg(),
-                k.arg(),
-                v.arg(),
-                self.outputs.do_.arg(),
-                bias.as_ref().map(DeviceTensor::arg).into(),
-                self.scratch.buffer(),
-                dq.map(DeviceTensor::buffer).into(),
-                self.numbers(),
-                bias.is_some(),
-                dq.is_some(),
-                self.compiled(tile),
-                q.elem,
-            );
-        }
-    }
-
-    fn keys(&self, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
-        let Operands { q, k, v, bias, .. } = self.operands;
-        let tile = self.config.keys;
-        // Only dk asks for do · vᵀ.
-        let v = dk.map(|_| v);
-        let bound = [q, k, &self.outputs.do_, &self.scratch].into_iter().chain(v).chain(bias).chain(dk).chain(dv);
-        let (bindings, address) = binding_facts(bound);
-        let shared = tile.keys_shared_bytes(self.problem);
-        self.launcher.note("backward_keys_mma", &tile, bindings, shared, tile.units());
-        // SAFETY: as in `queries`.
-        unsafe {
-            backward_keys_kernel::launch_unchecked(
-                self.launcher.client,
-                self.launcher.cubes(cubes_of(self.problem, Side::Keys, tile.shape())),
-                tile.dim(),
-                address,
-                q.arg(),
-                k.arg(),
-                v.map(DeviceTensor::arg).into(),
-                self.outputs.do_.arg(),
-                bias.as_ref().map(DeviceTensor::arg).into(),
-                self.scratch.buffer(),
-                dk.map(DeviceTensor::buffer).into(),
-                dv.map(DeviceTensor::buffer).into(),
-                self.numbers(),
-                bias.is_some(),
-                dk.is_some(),
-                dv.is_some(),
-                self.compiled(tile),
-                q.elem,
-            );
-        }
+/// `dk`, `dv` or both.
+fn keys(call: &Call, tile: MmaTile, dk: Option<&DeviceTensor>, dv: Option<&DeviceTensor>) {
+    let Operands { q, k, v, bias, .. } = call.operands;
+    // Only dk asks for do · vᵀ.
+    let v = dk.map(|_| v);
+    let bound = [q, k, &call.outputs.do_, &call.scratch].into_iter().chain(v).chain(bias).chain(dk).chain(dv);
+    let (bindings, address) = binding_facts(bound);
+    let shared = tile.keys_shared_bytes(call.problem);
+    call.launcher.note("backward_keys_mma", &tile, bindings, shared, tile.units());
+    // SAFETY: as in `queries`.
+    unsafe {
+        backward_keys_kernel::launch_unchecked(
+            call.launcher.client,
+            call.launcher.cubes(cubes_of(call.problem, Side::Keys, tile.shape())),
+            tile.dim(),
+            address,
+            q.arg(),
+            k.arg(),
+            v.map(DeviceTensor::arg).into(),
+            call.outputs.do_.arg(),
+            bias.as_ref().map(DeviceTensor::arg).into(),
+            call.scratch.buffer(),
+            dk.map(DeviceTensor::buffer).into(),
+            dv.map(DeviceTensor::buffer).into(),
+            call.numbers(),
+            bias.is_some(),
+            dk.is_some(),
+            dv.is_some(),
+            compiled(call, tile),
+            q.elem,
+        );
     }
 }
 

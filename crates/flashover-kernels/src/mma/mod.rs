@@ -29,9 +29,7 @@ mod tf32;
 mod tile;
 
 pub use checks::check_limits;
-pub(crate) use config::FEW_KEYS;
 pub use config::{MmaConfig, MmaTile};
 pub use launch::{backward, forward};
-pub(crate) use launch::{backward_scratch_bytes, keys_fused};
 pub(crate) use one_pass_launch::ROW_UNITS;
 pub use one_pass_launch::{OnePass, backward_one_pass};

@@ -4,7 +4,7 @@ use core::fmt::{Display, Formatter};
 
 use cubecl::prelude::*;
 
-use super::config::{Compiled, FEW_KEYS, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
+use super::config::{Compiled, MmaTile, ROWS, STAGES, WARP, WIDE, statistics_bytes};
 use super::one_pass::one_pass_kernel;
 use super::one_pass_rows::{delta_kernel, finish_kernel};
 use super::tile::{DEPTH, PIECE, padded, pitch};
@@ -14,6 +14,7 @@ use crate::family::launcher::{Launcher, Outputs, binding_facts, numbers};
 use crate::family::scratch::{self, Layout, Partials, fill_row_statistics};
 use crate::family::tile_shape::TileShape;
 use crate::family::turn_buffer::TurnBuffer;
+use crate::family::two_passes::FEW_KEYS;
 use crate::operands::{Gradients, Operands};
 use crate::problem::{Element, Problem};
 

@@ -3,7 +3,7 @@
 use super::iterations::iterations;
 use super::tile::TileConfig;
 use crate::device::{DeviceLimits, KernelError};
-use crate::family::launcher::BINDINGS;
+use crate::family::checks::{check_limit, check_room};
 use crate::problem::Problem;
 
 /// Whether the portable kernels can run the problem in these tiles on a device.
@@ -15,16 +15,9 @@ pub fn check_limits(problem: &Problem, limits: &DeviceLimits, tile: TileConfig) 
             found: problem.element,
         });
     }
-    for (what, limit, found) in [
-        ("bytes of shared memory", limits.max_shared_bytes, tile.shared_bytes()),
-        ("units", limits.max_units, tile.units()),
-        ("bindings", limits.max_bindings, BINDINGS),
-        ("loop iterations of a unit", limits.max_iterations, iterations(problem, tile)),
-    ] {
-        if found > limit {
-            return Err(KernelError::Limit { kernel: "portable", what, device: limits.name.clone(), limit, found });
-        }
-    }
+    check_room("portable", limits, tile.shared_bytes(), tile.units())?;
+    let what = "loop iterations of a unit";
+    check_limit("portable", limits, what, limits.max_iterations, iterations(problem, tile))?;
     if let Some(plan) = problem.plan
         && !tile.divides(plan.tile)
     {
