@@ -177,7 +177,7 @@ pub fn mma_forward(problem: &Problem, config: MmaConfig, with_lse: bool, with_re
     matrix_forward(problem, "forward_mma", Tile::Mma(tile), shared, units, with_lse, with_rest)
 }
 
-/// Launches of [`cmma::forward`].
+/// Launches of [`cmma::forward`](crate::cmma::forward).
 pub fn cmma_forward(problem: &Problem, config: CmmaConfig, with_lse: bool) -> Vec<Cost> {
     let tile = config.forward;
     let (shared, units) = (tile.forward_shared_bytes(problem), tile.units());
@@ -264,7 +264,7 @@ pub fn mma_backward(problem: &Problem, config: MmaConfig, wanted: Wanted, with_d
     in_two_passes(problem, owners, wanted, with_dlse)
 }
 
-/// Launches of [`cmma::backward`], likewise.
+/// Launches of [`cmma::backward`](crate::cmma::backward), likewise.
 pub fn cmma_backward(problem: &Problem, config: CmmaConfig, wanted: Wanted, with_dlse: bool) -> Vec<Cost> {
     let CmmaConfig { queries, keys, .. } = config;
     let owner = |kernel, tile: CmmaTile, shared| Owner { kernel, tile: Tile::Cmma(tile), shared, units: tile.units() };
