@@ -8,6 +8,7 @@ use flashover::{AttentionError, AttentionOptions};
 
 use crate::data::{Inputs, Rng};
 pub use crate::head::sum;
+use crate::layout::Layout;
 use crate::score::{Buckets, Waves};
 
 /// A case's inputs on a device.
@@ -47,43 +48,24 @@ pub struct Results {
     pub gradients: Gradients<Vec<f64>>,
 }
 
-/// How a `[B, H, S, D]` tensor lies in memory: rows of `D` elements, with NaN before and after each that nobody may read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Layout {
-    /// Heads lie within positions, as a projection leaves them: stored `[B, S, H, D]`.
-    pub heads_inner: bool,
-    /// Elements before each row: of what else was projected with it.
-    pub before: usize,
-    /// Elements after each row.
-    pub after: usize,
+/// Normal numbers of this deviation, the same for a seed. Not a device's own: its generator is one for all tests of a process, and
+/// others draw from it meanwhile.
+pub fn normal<const D: usize>(seed: u64, deviation: f64, shape: [usize; D], device: &Device) -> Tensor<D> {
+    let mut rng = Rng::new(seed);
+    let data: Vec<f32> = (0..shape.iter().product()).map(|_| (deviation * rng.normal()) as f32).collect();
+    Tensor::from_data(TensorData::new(data, shape), device)
 }
 
-impl Layout {
-    /// Any: rows at multiples of 16 bytes (in 16-bit elements) or not, with gaps or without.
-    pub fn random(rng: &mut Rng) -> Self {
-        let gap = |rng: &mut Rng| [0, 0, 8, 3][rng.below(4)];
-        Layout { heads_inner: rng.chance(0.5), before: gap(rng), after: gap(rng) }
+/// The tensor of that content that lies so.
+fn laid_out(layout: Layout, data: &[f64], shape: [usize; 4], element: Element, device: &Device) -> Tensor<4> {
+    if data.is_empty() || layout == Layout::default() {
+        return floats(data, shape, element, device);
     }
-
-    /// The tensor of that content that lies so.
-    fn tensor(self, data: &[f64], shape: [usize; 4], element: Element, device: &Device) -> Tensor<4> {
-        let [b, h, s, d] = shape;
-        let Layout { heads_inner, before, after } = self;
-        let width = before + d + after;
-        if width == d && !heads_inner || data.is_empty() {
-            return floats(data, shape, element, device);
-        }
-        let mut stored = vec![f64::NAN; b * h * s * width];
-        for (n, row) in data.chunks_exact(d).enumerate() {
-            let (bh, i) = (n / s, n % s);
-            let at = if heads_inner { (bh / h * s + i) * h + bh % h } else { n };
-            stored[at * width + before..][..d].copy_from_slice(row);
-        }
-        let outer = if heads_inner { [b, s, h] } else { [b, h, s] };
-        let stored = floats(&stored, [outer[0], outer[1], outer[2], width], element, device);
-        let rows = stored.slice([0..outer[0], 0..outer[1], 0..outer[2], before..before + d]);
-        if heads_inner { rows.swap_dims(1, 2) } else { rows }
-    }
+    let (stored, outer) = layout.stored(data, shape);
+    let stored = floats(&stored, outer, element, device);
+    let row = layout.before..layout.before + shape[3];
+    let rows = stored.slice([0..outer[0], 0..outer[1], 0..outer[2], row]);
+    if layout.heads_inner { rows.swap_dims(1, 2) } else { rows }
 }
 
 impl Tensors {
@@ -103,7 +85,7 @@ impl Tensors {
             |data: &Option<Vec<f64>>| data.as_ref().map(|x| track(floats(x, [p.heads_q], statistic, device)));
         let [q_lies, k_lies, v_lies] = layouts;
         let laid_out = |data: &[f64], layout: Layout, heads, seq, dim| {
-            track(layout.tensor(data, [p.batch, heads, seq, dim], p.element, device))
+            track(self::laid_out(layout, data, [p.batch, heads, seq, dim], p.element, device))
         };
         Tensors {
             q: laid_out(q, q_lies, p.heads_q, p.seq_q, p.head_dim),

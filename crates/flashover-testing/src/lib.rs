@@ -9,6 +9,7 @@
 //! | [`naive`] | what a framework without fused attention computes in the problem's own element type |
 //! | [`tolerance`] | the error budget: 2 × the error of [`naive`] against [`oracle`] + 1e-5, per tensor |
 //! | [`grid`] | the grid of cases: all pairs of its factors, and all of it |
+//! | [`layout`] | how a tensor lies in memory |
 //! | [`score`] | score functions of a user's, and the same in f64 |
 //! | [`sparse`] | random masks for block plans, and the dense problem that says the same |
 //! | [`strategy`] | random problems for proptest, and a count of which options met |
@@ -18,6 +19,7 @@ pub mod bridge;
 pub mod data;
 pub mod grid;
 mod head;
+pub mod layout;
 mod matmul;
 pub mod naive;
 pub mod oracle;

@@ -8,8 +8,11 @@ use flashover_kernels::mask::{Band, UNBOUNDED};
 use flashover_kernels::problem::{Element, Problem};
 use proptest::option;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use crate::data::Case;
+use crate::data::{Case, Rng};
+use crate::layout::Layout;
 
 /// Longest sequence of a random problem.
 pub const MAX_LENGTH: usize = 200;
@@ -53,6 +56,36 @@ pub fn cases_of(element: Element, sizes: Sizes) -> impl Strategy<Value = Case> {
         problem,
         seed,
         lse_gradient,
+    })
+}
+
+/// Random case `n` of these sizes, and how its q, k and v lie: the same in every run.
+pub fn numbered(n: usize, element: Element, sizes: Sizes) -> (Case, [Layout; 3]) {
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&(n as u64).to_le_bytes());
+    let mut runner = TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    let mut rng = Rng::new(n as u64);
+    let case = cases_of(element, sizes).new_tree(&mut runner).expect("a case").current();
+    // Mostly alike, as projections leave them: whether rows are aligned is compiled in, and each mixture is another kernel.
+    let all = Layout::random(&mut rng);
+    let layouts = if rng.chance(0.08) { std::array::from_fn(|_| Layout::random(&mut rng)) } else { [all; 3] };
+    (case, layouts)
+}
+
+/// The part of all cases that a variable asks for, `full` or `full:K/N`: K and N. `None` where it is not set.
+///
+/// # Panics
+/// When it is set to anything else.
+pub fn part(variable: &str) -> Option<(usize, usize)> {
+    let asked = std::env::var(variable).ok()?;
+    Some(match asked.strip_prefix("full") {
+        Some("") => (0, 1),
+        Some(rest) => rest
+            .strip_prefix(':')
+            .and_then(|rest| rest.split_once('/'))
+            .and_then(|(k, n)| Some((k.parse().ok()?, n.parse::<usize>().ok().filter(|&n| n > 0)?)))
+            .unwrap_or_else(|| panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}")),
+        None => panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}"),
     })
 }
 
@@ -225,8 +258,6 @@ impl PairCoverage {
 #[cfg(test)]
 mod tests {
     use flashover_kernels::hopper::HopperConfig;
-    use proptest::strategy::ValueTree;
-    use proptest::test_runner::TestRunner;
 
     use super::*;
 

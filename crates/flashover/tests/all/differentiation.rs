@@ -1,19 +1,15 @@
 //! How attention sits in Burn's autodiff: what is tracked, checkpointing, the log-sum-exp as a second output.
 
-use burn::tensor::{Device, Distribution, Tensor, TensorData, Tolerance};
+use burn::tensor::{Device, Tensor, TensorData, Tolerance};
 use flashover::{AttentionOptions, attention, attention_with_lse};
+use flashover_testing::bridge::normal;
 use flashover_testing::score::Waves;
 
 use crate::devices;
 
-fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
-}
-
 fn operands(device: &Device) -> [Tensor<4>; 3] {
-    device.seed(5);
-    let [q, k, v]: [[usize; 4]; 3] = [[2, 4, 37, 16], [2, 2, 70, 16], [2, 2, 70, 24]];
-    [q, k, v].map(|shape| normal(shape, device))
+    let shapes = [(5, [2, 4, 37, 16]), (6, [2, 2, 70, 16]), (7, [2, 2, 70, 24])];
+    shapes.map(|(seed, shape)| normal(seed, 1.0, shape, device))
 }
 
 fn close(left: TensorData, right: TensorData) {
@@ -58,8 +54,8 @@ fn gradients_reach_through_what_came_before_with_and_without_checkpointing() {
     // Memory-bound operations before attention are recomputed under checkpointing.
     let run = |device: Device| {
         let [q, k, v] = operands(&device).map(Tensor::require_grad);
-        let bias = normal([1, 4, 1, 70], &device).require_grad();
-        let table = normal([11], &device).require_grad();
+        let bias = normal(8, 1.0, [1, 4, 1, 70], &device).require_grad();
+        let table = normal(9, 1.0, [11], &device).require_grad();
         let options = AttentionOptions::new().causal().bias(bias.clone() * 0.5);
         let options = options.score_function(Waves, table.clone().sin());
         let o = attention(q.clone().cos() * 2.0, k.clone().sin(), v.clone() + 1.0, &options).unwrap();
@@ -148,8 +144,8 @@ fn strides_are_read_in_place() {
 fn expanded_keys_share_one_head() {
     for device in devices::native().into_iter().map(Device::autodiff) {
         let [q, _, _] = operands(&device);
-        let k = normal([2, 1, 70, 16], &device).require_grad();
-        let v = normal([2, 1, 70, 24], &device).require_grad();
+        let k = normal(8, 1.0, [2, 1, 70, 16], &device).require_grad();
+        let v = normal(9, 1.0, [2, 1, 70, 24], &device).require_grad();
         let run = |k4: Tensor<4>, v4: Tensor<4>| {
             let o = attention(q.clone(), k4, v4, &AttentionOptions::new()).unwrap();
             let grads = o.clone().sin().sum().backward();

@@ -1,18 +1,18 @@
 //! `flashover::module::attention` takes the place of `burn::tensor::module::attention`.
 
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Distribution, Tensor, Tolerance};
+use burn::tensor::{Bool, Tensor, Tolerance};
+use flashover_testing::bridge;
 
 use crate::devices;
 
 #[test]
 fn same_signature_same_values() {
     let device = devices::flex();
-    device.seed(3);
-    let normal = |shape: [usize; 4]| Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device);
-    let (q, k, v) = (normal([2, 3, 33, 16]), normal([2, 3, 70, 16]), normal([2, 3, 70, 16]));
-    let mask = Tensor::<4, Bool>::from_data(normal([2, 3, 33, 70]).greater_elem(1.0).into_data(), &device);
-    let bias = normal([2, 3, 33, 70]);
+    let normal = |seed, shape: [usize; 4]| bridge::normal(seed, 1.0, shape, &device);
+    let (q, k, v) = (normal(3, [2, 3, 33, 16]), normal(4, [2, 3, 70, 16]), normal(5, [2, 3, 70, 16]));
+    let mask = Tensor::<4, Bool>::from_data(normal(6, [2, 3, 33, 70]).greater_elem(1.0).into_data(), &device);
+    let bias = normal(7, [2, 3, 33, 70]);
     for options in [
         AttentionModuleOptions::default(),
         AttentionModuleOptions { is_causal: true, ..Default::default() },

@@ -13,9 +13,11 @@ use burn::tensor::{DType, Device};
 use flashover::AttentionOptions;
 use flashover::kernels::problem::{Element, Precision, Problem};
 use flashover::kernels::select::KernelChoice;
-use flashover_testing::bridge::{self, Layout, Results, Tensors};
+use flashover_testing::bridge::{self, Results, Tensors};
 use flashover_testing::data::{Case, Inputs};
 use flashover_testing::grid::{all_pairs_cases, full_cases};
+use flashover_testing::layout::Layout;
+use flashover_testing::strategy::part;
 use flashover_testing::tolerance::References;
 
 use crate::devices;
@@ -119,20 +121,6 @@ fn check_all(cases: &[Case], devices: &[Device]) {
     let shown = failures.iter().take(10).cloned().collect::<Vec<_>>().join("\n");
     assert!(failures.is_empty(), "{} of {} cases failed, the first:\n{shown}", failures.len(), cases.len());
     println!("{} cases agree on {devices:?}", cases.len());
-}
-
-/// The part of all cases that a variable asks for, `full` or `full:K/N`: K and N.
-pub fn part(variable: &str) -> Option<(usize, usize)> {
-    let asked = std::env::var(variable).ok()?;
-    Some(match asked.strip_prefix("full") {
-        Some("") => (0, 1),
-        Some(rest) => rest
-            .strip_prefix(':')
-            .and_then(|rest| rest.split_once('/'))
-            .and_then(|(k, n)| Some((k.parse().ok()?, n.parse::<usize>().ok().filter(|&n| n > 0)?)))
-            .unwrap_or_else(|| panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}")),
-        None => panic!("{variable}: expected `full` or `full:K/N`, got {asked:?}"),
-    })
 }
 
 /// The part of the whole grid that was asked for.

@@ -1,13 +1,14 @@
 //! The limits of the software GPU that every GPU test runs on are real: the device reports them, and refuses more.
 
 use burn::backend::DispatchDevice;
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::Tensor;
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use flashover::kernels::device::DeviceLimits;
 use flashover::kernels::portable::{TileConfig, check_limits};
 use flashover::kernels::problem::{Element, Problem};
 use flashover::{AttentionOptions, attention};
+use flashover_testing::bridge::normal;
 use flashover_testing::data::Case;
 
 use crate::devices::limited::limited;
@@ -72,8 +73,7 @@ fn the_device_refuses_more() {
 #[test]
 fn burns_own_kernels_run_on_it() {
     let device = &limited();
-    device.seed(3);
-    let x = Tensor::<2>::random([130, 70], Distribution::Normal(0.0, 1.0), device);
+    let x = normal(3, 1.0, [130, 70], device);
     let y = (x.clone() * 2.0 + 1.0).matmul(x.clone().transpose()).sum_dim(1);
     let host = burn::tensor::Device::flex();
     let x = Tensor::<2>::from_data(x.into_data(), &host);

@@ -8,14 +8,10 @@
 use burn::tensor::{DType, Device};
 use flashover::kernels::problem::{Element, Precision};
 use flashover::kernels::select::KernelChoice;
-use flashover_testing::bridge::Layout;
-use flashover_testing::data::{Case, Rng};
-use flashover_testing::strategy::{Sizes, cases_of};
-use proptest::strategy::{Strategy, ValueTree};
-use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use flashover_testing::strategy::{Sizes, numbered, part};
 
 use crate::devices;
-use crate::grid::{Call, check_call, part};
+use crate::grid::{Call, check_call};
 
 /// Problems of a family.
 const COUNT: usize = 1000;
@@ -58,26 +54,13 @@ fn few_queries(n: usize) -> Sizes {
     Sizes { few_queries: true, ..hopper_sizes(n) }
 }
 
-/// Problem `n` of a family: the same in every run, whatever part of them runs.
-fn problem(family: &Family, n: usize) -> (Case, [Layout; 3]) {
-    let mut seed = [0; 32];
-    seed[..8].copy_from_slice(&(n as u64).to_le_bytes());
-    let mut runner = TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
-    let mut rng = Rng::new(n as u64);
-    let element = family.elements[n / 5 % family.elements.len()];
-    let case = cases_of(element, (family.sizes)(n)).new_tree(&mut runner).expect("a case").current();
-    // Mostly alike, as projections leave them: whether rows are aligned is compiled in, and each mixture is another kernel.
-    let all = Layout::random(&mut rng);
-    let layouts = if rng.chance(0.08) { std::array::from_fn(|_| Layout::random(&mut rng)) } else { [all; 3] };
-    (case, layouts)
-}
-
 /// Every problem that is a multiple of `step` runs unless told; one without a factor in common with 10 meets every dimension.
 fn agree(family: &Family, step: usize, device: &Device) {
     let (part, parts) = part("FLASHOVER_RANDOM").unwrap_or((0, step));
     let (mut failures, mut count) = (Vec::new(), 0);
     for n in (part..COUNT).step_by(parts) {
-        let (case, layouts) = problem(family, n);
+        let element = family.elements[n / 5 % family.elements.len()];
+        let (case, layouts) = numbered(n, element, (family.sizes)(n));
         let call = Call { kernel: family.kernel, precision: family.precision, layouts, twice: true };
         if let Err(message) = check_call(&case, call, std::slice::from_ref(device)) {
             failures.push(format!("problem {n}, {layouts:?}, seed {}: {message}", case.seed));

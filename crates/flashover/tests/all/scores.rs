@@ -1,6 +1,6 @@
 //! Score functions of a user's: values, every gradient, and that of their parameters, beside every other option.
 
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use flashover::kernels::block_plan::TileSize;
 use flashover::kernels::cubecl;
 use flashover::kernels::cubecl::prelude::*;
@@ -248,11 +248,10 @@ fn runs_give_the_same_bits() {
 #[test]
 fn the_gradient_of_a_table_is_that_of_finite_differences() {
     for device in devices::native().into_iter().map(Device::autodiff) {
-        device.seed(3);
-        let normal = |shape: [usize; 4]| Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device);
-        let (q, k, v) = (normal([2, 2, 65, 8]), normal([2, 1, 97, 8]), normal([2, 1, 97, 8]));
-        let weights = normal([2, 2, 65, 8]);
-        let table = Tensor::<2>::random([2, 32], Distribution::Normal(0.0, 1.0), &device);
+        let normal = |seed, shape: [usize; 4]| bridge::normal(seed, 1.0, shape, &device);
+        let (q, k, v) = (normal(3, [2, 2, 65, 8]), normal(4, [2, 1, 97, 8]), normal(5, [2, 1, 97, 8]));
+        let weights = normal(6, [2, 2, 65, 8]);
+        let table = bridge::normal(7, 1.0, [2, 32], &device);
         let loss = |table: Tensor<2>| {
             let options = AttentionOptions::new().causal().score_function(Buckets, table * 2.0);
             let o = attention(q.clone(), k.clone(), v.clone(), &options).expect("sound");
