@@ -8,6 +8,7 @@ use bytemuck::Pod;
 use flashover_kernels::operands::Wanted;
 use flashover_kernels::problem::{Element, Problem};
 
+use super::pages::zeros;
 use super::{Float, Inputs, View, backward, forward};
 use crate::SparsePlan;
 use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
@@ -132,8 +133,8 @@ fn run_forward<T: Storage>(stored: &Stored, problem: &Problem, with_lse: bool) -
 where
     T::Compute: Storage,
 {
-    let mut o = vec![T::default(); problem.output_shape().iter().product()];
-    let mut lse = with_lse.then(|| vec![0.0f32; problem.lse_shape().iter().product()]);
+    let mut o = zeros::<T>(problem.output_shape().iter().product());
+    let mut lse = with_lse.then(|| zeros::<f32>(problem.lse_shape().iter().product()));
     forward(problem, &stored.inputs::<T>(), &mut o, lse.as_deref_mut());
     (tensor(o, problem.output_shape()), lse.map(|lse| tensor(lse, problem.lse_shape())))
 }

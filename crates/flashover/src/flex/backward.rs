@@ -17,7 +17,7 @@ use super::forward::statistics;
 use super::real::{Float, Real};
 use super::sweep::{BK, BQ, Saved, Scratch, Sweep, Targets};
 use super::view::View;
-use super::{Inputs, bias_gradient, delta, parallel, score_gradient, simd_name};
+use super::{Inputs, bias_gradient, delta, pages, parallel, score_gradient, simd_name};
 
 /// Queries of a task that computes dq alone, without a plan.
 const QUERIES: usize = 4 * BQ;
@@ -64,7 +64,7 @@ pub fn backward<T: Float>(
     assert!(!wanted.learned_sinks || inputs.learned_sinks.is_some(), "gradient of sinks that are not there");
     assert!(!wanted.score_parameters || inputs.score_parameters.is_some(), "gradient of parameters that are not there");
 
-    let zeros = |wanted: bool, shape: [usize; 4]| wanted.then(|| vec![T::default(); shape.iter().product()]);
+    let zeros = |wanted: bool, shape: [usize; 4]| wanted.then(|| pages::zeros::<T>(shape.iter().product()));
     let mut gradients = Gradients {
         q: zeros(wanted.q, inputs.q.shape()),
         k: zeros(wanted.k, inputs.k.shape()),

@@ -121,8 +121,6 @@ struct Scratch<R> {
     s: Vec<R>,
     /// Unnormalised output, `[Dv, BQ]`.
     ot: Vec<R>,
-    /// One row of output.
-    row: Vec<R>,
     softmax: Softmax<R>,
     columns: usize,
     /// The key tiles of a block.
@@ -149,7 +147,6 @@ impl<R: Real> Scratch<R> {
             qt: zeros(d * BQ),
             s: zeros(BK * BQ),
             ot: zeros(dv * BQ),
-            row: zeros(dv),
             softmax: Softmax { m: zero, l: zero, rescale: zero },
             columns: 0,
             walk: Vec::new(),
@@ -157,7 +154,7 @@ impl<R: Real> Scratch<R> {
     }
 
     fn bytes(&self) -> usize {
-        let elements = self.rows.len() + self.qt.len() + self.s.len() + self.ot.len() + self.row.len();
+        let elements = self.rows.len() + self.qt.len() + self.s.len() + self.ot.len();
         elements * size_of::<R>() + size_of::<Softmax<R>>()
     }
 
@@ -169,18 +166,32 @@ impl<R: Real> Scratch<R> {
 
     /// `o = oᵀ / l`, transposed back; dropout's factor is applied here too.
     fn write_o<T: Float<Compute = R>>(&mut self, o: &mut [T], problem: &Problem) {
+        /// Elements of an output that are taken at a time, of [`PAD`] queries: what the compiler makes shuffles of.
+        const STEP: usize = 4;
+        let (columns, dv) = (self.columns, problem.value_dim);
         let factor = R::from_f64(problem.dropout.map_or(1.0, |dropout| dropout.factor()));
-        for (i, o) in o.chunks_exact_mut(problem.value_dim).enumerate() {
-            let l = self.softmax.l[i];
-            if l == R::default() {
-                self.row.fill(l);
-            } else {
-                let factor = factor / l;
-                for (x, ot) in self.row.iter_mut().zip(self.ot[i..].iter().step_by(self.columns)) {
-                    *x = *ot * factor;
+        for (first, o) in o.chunks_mut(PAD * dv).enumerate().map(|(n, o)| (n * PAD, o)) {
+            let sums: [R; PAD] = std::array::from_fn(|r| self.softmax.l[first + r]);
+            let factors = sums.map(|l| factor / l);
+            // A query that saw nothing has zeros, whatever stood among the values of hidden keys.
+            let output = |r: usize, x: R| if sums[r] == R::default() { R::default() } else { x * factors[r] };
+            let whole = dv / STEP * STEP;
+            for d in (0..whole).step_by(STEP) {
+                let block: [[R; PAD]; STEP] = std::array::from_fn(|e| {
+                    let (lanes, _) = self.ot[(d + e) * columns + first..].split_first_chunk().expect("padded");
+                    *lanes
+                });
+                for (r, row) in self.rows.chunks_exact_mut(dv).take(PAD).enumerate() {
+                    let (out, _) = row[d..].split_first_chunk_mut::<STEP>().expect("a row of outputs");
+                    *out = std::array::from_fn(|e| output(r, block[e][r]));
                 }
             }
-            T::narrow_slice(&self.row, o);
+            for d in whole..dv {
+                for r in 0..PAD {
+                    self.rows[r * dv + d] = output(r, self.ot[d * columns + first + r]);
+                }
+            }
+            T::narrow_slice(&self.rows[..o.len()], o);
         }
     }
 }

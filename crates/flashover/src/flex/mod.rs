@@ -11,6 +11,7 @@ mod context;
 mod delta;
 mod forward;
 mod gemm;
+mod pages;
 mod parallel;
 mod real;
 mod score_gradient;

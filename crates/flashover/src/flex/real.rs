@@ -5,6 +5,7 @@
 
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
+use bytemuck::Zeroable;
 use flashover_kernels::problem::Element;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -69,7 +70,7 @@ pub trait Real:
 }
 
 /// An element type of tensors. f16 and bf16 are computed in f32.
-pub trait Float: Copy + Send + Sync + Default + 'static + sealed::Sealed {
+pub trait Float: Copy + Send + Sync + Default + Zeroable + 'static + sealed::Sealed {
     /// The type that its attention is computed in.
     type Compute: Real;
     /// Its name in a problem.

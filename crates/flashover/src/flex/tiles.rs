@@ -93,13 +93,25 @@ pub(super) fn read_row<X: Copy, Y: Copy>(
 /// `out[d · columns + r] = scale · rows[r, d]`; columns from `count` up to the next vector become 0.
 #[inline(always)]
 pub(super) fn transpose<R: Real>(rows: Rows<'_, R>, count: usize, scale: R, out: &mut [R], columns: usize) {
-    const BLOCK: usize = 16;
+    /// Elements of a row that are taken at a time, of [`PAD`] rows: what the compiler makes shuffles of.
+    const STEP: usize = 4;
     let width = out.len() / columns;
-    for first in (0..count).step_by(BLOCK) {
-        let block = BLOCK.min(columns - first);
-        for (d, out) in out.chunks_exact_mut(columns).enumerate().take(width) {
-            for (r, x) in out[first..first + block].iter_mut().enumerate() {
-                *x = if first + r < count { rows.data[(first + r) * rows.stride + d] * scale } else { R::default() };
+    for first in (0..count).step_by(PAD) {
+        let row = |r: usize| &rows.data[(first + r) * rows.stride..];
+        let whole = if first + PAD <= count { width / STEP * STEP } else { 0 };
+        for d in (0..whole).step_by(STEP) {
+            let block: [[R; STEP]; PAD] = std::array::from_fn(|r| {
+                let (four, _) = row(r)[d..].split_first_chunk().expect("a row has its width");
+                *four
+            });
+            for e in 0..STEP {
+                let (out, _) = out[(d + e) * columns + first..].split_first_chunk_mut::<PAD>().expect("padded");
+                *out = std::array::from_fn(|r| block[r][e] * scale);
+            }
+        }
+        for d in whole..width {
+            for (r, x) in out[d * columns + first..][..PAD.min(columns - first)].iter_mut().enumerate() {
+                *x = if first + r < count { row(r)[d] * scale } else { R::default() };
             }
         }
     }
