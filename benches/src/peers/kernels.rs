@@ -17,8 +17,8 @@ use flashover::kernels::mask::Extent;
 use flashover::kernels::mma::MmaTile;
 use flashover::kernels::operands::{Gradients, Operands, Wanted};
 use flashover::kernels::problem::{Element, Problem};
-use flashover::kernels::select::{Kernel, KernelChoice, Selection, select};
-use flashover::kernels::{cmma, cubecl, hopper, launch_log, mma, portable};
+use flashover::kernels::select::{self, KernelChoice, Selection, select};
+use flashover::kernels::{cubecl, launch_log};
 
 use super::contestant::{Contestant, Pass, Spec, write_judged};
 use super::operands::{Folder, NAMES};
@@ -130,57 +130,22 @@ impl Kernels {
         }
     }
 
+    fn on_device<'a>(&'a self, Call { problem, operands, plan, .. }: &'a Call) -> select::Call<'a> {
+        select::Call { client: &self.client, problem, operands, plan: plan.as_ref() }
+    }
+
     /// A forward; `for_backward` if a backward follows it, as in training.
     fn forward(&self, call: &Call, for_backward: bool) -> Result<Made, String> {
-        let Call { problem, selection, operands, plan, .. } = call;
-        let (client, plan) = (&self.client, plan.as_ref());
-        let without_rest = |(o, lse)| (o, lse, None);
-        let with_rest = for_backward && selection.one_pass.is_some();
-        let outputs = match selection.kernel {
-            Kernel::Portable => {
-                portable::forward(client, problem, operands, plan, true, selection.config).map(without_rest)
-            }
-            Kernel::Mma => {
-                let tiles = selection.mma.expect("selected with its tiles");
-                mma::forward(client, problem, operands, plan, true, with_rest, tiles)
-            }
-            Kernel::Cmma => {
-                let tiles = selection.cmma.expect("selected with its tiles");
-                cmma::forward(client, problem, operands, plan, true, tiles).map(without_rest)
-            }
-            Kernel::Hopper => {
-                let tiles = selection.hopper.expect("selected with its tiles");
-                hopper::forward(client, problem, operands, plan, true, with_rest, tiles)
-            }
-            other => return Err(format!("the benchmark does not know the {other} kernel")),
-        };
+        let outputs =
+            call.selection.forward(self.on_device(call), true, for_backward && call.selection.one_pass.is_some());
         let (o, lse, rest) = outputs.map_err(|error| self.refused(&error))?;
         let lse = lse.expect("it was asked for");
         Ok(Made { outputs: Outputs { o, lse, do_: call.do_.clone(), dlse: None }, rest })
     }
 
     fn backward(&self, call: &Call, made: &Made) -> Result<Gradients<DeviceTensor>, String> {
-        let Call { problem, selection, operands, plan, .. } = call;
-        let plan = plan.as_ref();
-        let Made { outputs, rest } = made;
         let wanted = Wanted { q: true, k: true, v: true, ..Wanted::default() };
-        let gradients = match selection.kernel {
-            Kernel::Portable => {
-                portable::backward(&self.client, problem, operands, outputs, plan, wanted, selection.config)
-            }
-            Kernel::Cmma => {
-                let tiles = selection.cmma.expect("selected with its tiles");
-                cmma::backward(&self.client, problem, operands, outputs, plan, wanted, tiles)
-            }
-            Kernel::Mma | Kernel::Hopper => match selection.one_pass.zip(rest.clone()) {
-                Some((pass, rest)) => pass.run(&self.client, problem, operands, outputs, plan, rest),
-                None => {
-                    let tiles = selection.mma.expect("selected with its tiles");
-                    mma::backward(&self.client, problem, operands, outputs, plan, wanted, tiles)
-                }
-            },
-            other => return Err(format!("the benchmark does not know the {other} kernel")),
-        };
+        let gradients = call.selection.backward(self.on_device(call), &made.outputs, made.rest.clone(), wanted);
         gradients.map_err(|error| self.refused(&error))
     }
 

@@ -1,18 +1,22 @@
 //! Which kernel runs a problem on a device, in which configuration, and why.
 
-use cubecl::prelude::*;
+mod run;
 
 use crate::cmma::{self, CmmaConfig};
-use crate::device::{DeviceLimits, DeviceTensor, KernelError};
-use crate::family::Outputs;
+use crate::device::{DeviceLimits, KernelError};
 use crate::family::two_passes::FEW_KEYS;
 use crate::hopper::{self, HopperBackwardConfig, HopperConfig};
 use crate::mma::{self, MmaConfig, OnePass};
-use crate::operands::{Gradients, Operands};
 use crate::portable::{self, TileConfig};
 use crate::problem::{Precision, Problem};
 
+pub use run::Call;
+
 /// Who chooses the kernel.
+///
+/// NaN and infinity: the portable family keeps them to the rows that can see them. The others give what is hidden in a tile that is
+/// shown in part the weight 0, and 0 times NaN is NaN: there a value of a hidden key reaches the queries of its tile, and a
+/// gradient of the output the keys of its tile. They never leave it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum KernelChoice {
@@ -64,24 +68,6 @@ pub enum OnePassBackward {
     Hopper(HopperBackwardConfig),
     /// That of [`mma`], which reads any.
     Mma(OnePass),
-}
-
-impl OnePassBackward {
-    /// Launches it: [`hopper::backward`] or [`mma::backward_one_pass`].
-    pub fn run(
-        self,
-        client: &Client,
-        problem: &Problem,
-        operands: &Operands<DeviceTensor>,
-        outputs: &Outputs,
-        plan: Option<&DeviceTensor>,
-        rest: DeviceTensor,
-    ) -> Result<Gradients<DeviceTensor>, KernelError> {
-        match self {
-            OnePassBackward::Hopper(tiles) => hopper::backward(client, problem, operands, outputs, plan, rest, tiles),
-            OnePassBackward::Mma(of) => mma::backward_one_pass(client, problem, operands, outputs, plan, rest, of),
-        }
-    }
 }
 
 /// The outcome of [`select()`].

@@ -7,14 +7,11 @@ use burn_cubecl::kernel::{into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
-use flashover_kernels::cmma::{self, CmmaConfig};
 use flashover_kernels::device::{DeviceTensor, KernelError};
 use flashover_kernels::family::Outputs;
 use flashover_kernels::hopper;
-use flashover_kernels::mma::{self, MmaConfig};
-use flashover_kernels::operands::{Gradients, Operands, Wanted};
-use flashover_kernels::portable;
-use flashover_kernels::select::{Kernel, OnePassBackward, Selection};
+use flashover_kernels::operands::{Operands, Wanted};
+use flashover_kernels::select::{Call, Selection};
 
 use crate::backend::{AttentionBackend, Extras, ForwardState, InputGradients, MaybeFloat, Plan};
 
@@ -54,13 +51,13 @@ impl AttentionBackend for CubeBackend {
     ) -> InputGradients<Self> {
         let place = Place::of(&q);
         let selection = selection(&plan);
-        let (problem, blocks) = (&plan.problem, place.blocks(&plan));
-        let blocks = blocks.as_ref();
+        let blocks = place.blocks(&plan);
         let ForwardState { o, lse, rest } = state;
-        let in_one_pass = selection.one_pass.zip(rest.into_option()).filter(|_| wanted.operands_together());
-        let (q, k, v, do_) = match in_one_pass {
-            Some((OnePassBackward::Hopper(_), _)) => (copied_in(q), copied_in(k), copied_in(v), copied_in(do_)),
-            _ => (q, k, v, do_),
+        let rest = rest.into_option();
+        let (q, k, v, do_) = if selection.backward_copies(wanted, rest.is_some()) {
+            (copied_in(q), copied_in(k), copied_in(v), copied_in(do_))
+        } else {
+            (q, k, v, do_)
         };
         let operands = operands(q, k, v, extras);
         let outputs = Outputs {
@@ -69,30 +66,9 @@ impl AttentionBackend for CubeBackend {
             do_: on_device(do_),
             dlse: dlse.into_option().map(on_device),
         };
-        let portable =
-            |wanted| portable::backward(&place.client, problem, &operands, &outputs, blocks, wanted, selection.config);
-        // The other families take no gradients but those of q, k and v.
-        let with_parameters = |of: Result<Gradients<DeviceTensor>, KernelError>| {
-            of.and_then(|of| match wanted.parameters() {
-                rest if rest.is_empty() => Ok(of),
-                rest => Ok(Gradients { q: of.q, k: of.k, v: of.v, ..portable(rest)? }),
-            })
-        };
-        let gradients = match selection.kernel {
-            Kernel::Portable => portable(wanted),
-            Kernel::Mma | Kernel::Hopper => with_parameters(match in_one_pass {
-                Some((pass, rest)) => pass.run(&place.client, problem, &operands, &outputs, blocks, on_device(rest)),
-                None => {
-                    let (wanted, tiles) = (wanted.operands(), matrix_tiles(selection));
-                    mma::backward(&place.client, problem, &operands, &outputs, blocks, wanted, tiles)
-                }
-            }),
-            Kernel::Cmma => {
-                let (of, tiles) = (wanted.operands(), cooperative_tiles(selection));
-                with_parameters(cmma::backward(&place.client, problem, &operands, &outputs, blocks, of, tiles))
-            }
-            other => unreachable!("the boundary selects no {other} kernel"),
-        };
+        let rest = rest.map(on_device);
+        let call = Call { client: &place.client, problem: &plan.problem, operands: &operands, plan: blocks.as_ref() };
+        let gradients = selection.backward(call, &outputs, rest, wanted);
         let gradients = gradients.unwrap_or_else(|error| refused(&error));
         let maybe = |x: Option<DeviceTensor>| MaybeFloat::from_option(x.map(|x| place.tensor(x)));
         InputGradients {
@@ -118,31 +94,11 @@ fn forward(
 ) -> (CubeTensor, Option<CubeTensor>, Option<CubeTensor>) {
     let place = Place::of(&q);
     let selection = selection(plan);
-    let (q, k, v) = match selection.kernel {
-        Kernel::Hopper => (copied_in(q), copied_in(k), copied_in(v)),
-        _ => (q, k, v),
-    };
+    let (q, k, v) = if selection.forward_copies() { (copied_in(q), copied_in(k), copied_in(v)) } else { (q, k, v) };
     let operands = operands(q, k, v, extras);
-    let (problem, blocks) = (&plan.problem, place.blocks(plan));
-    let blocks = blocks.as_ref();
-    let without_rest = |(o, lse)| (o, lse, None);
-    let outputs = match selection.kernel {
-        Kernel::Portable => {
-            portable::forward(&place.client, problem, &operands, blocks, with_lse, selection.config).map(without_rest)
-        }
-        Kernel::Mma => {
-            mma::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, matrix_tiles(selection))
-        }
-        Kernel::Cmma => {
-            let tiles = cooperative_tiles(selection);
-            cmma::forward(&place.client, problem, &operands, blocks, with_lse, tiles).map(without_rest)
-        }
-        Kernel::Hopper => {
-            let tiles = selection.hopper.expect("the Hopper kernel is selected with its tiles");
-            hopper::forward(&place.client, problem, &operands, blocks, with_lse, with_rest, tiles)
-        }
-        other => unreachable!("the boundary selects no {other} kernel"),
-    };
+    let blocks = place.blocks(plan);
+    let call = Call { client: &place.client, problem: &plan.problem, operands: &operands, plan: blocks.as_ref() };
+    let outputs = selection.forward(call, with_lse, with_rest);
     let (o, lse, rest) = outputs.unwrap_or_else(|error| refused(&error));
     let maybe = |tensor: Option<DeviceTensor>| tensor.map(|tensor| place.tensor(tensor));
     (place.tensor(o), maybe(lse), maybe(rest))
@@ -150,14 +106,6 @@ fn forward(
 
 fn selection(plan: &Plan) -> &Selection {
     plan.selection.as_ref().expect("the boundary selects a kernel for every CubeCL device")
-}
-
-fn matrix_tiles(selection: &Selection) -> MmaConfig {
-    selection.mma.expect("the matrix kernels are selected with their tiles")
-}
-
-fn cooperative_tiles(selection: &Selection) -> CmmaConfig {
-    selection.cmma.expect("the kernels for cooperative matrices are selected with their tiles")
 }
 
 fn refused(error: &KernelError) -> ! {
