@@ -1,0 +1,134 @@
+//! The family for Hopper GPUs.
+
+use flashover_kernels::hopper::HopperConfig;
+use flashover_kernels::launch_log::Launch;
+use flashover_kernels::problem::Problem;
+use flashover_testing::data::Case;
+
+use crate::attention::{Call, Family, ran};
+use crate::check::{agree, sparse_agree};
+use crate::problems::{DIMS, of_dims, plain};
+use crate::suite::planned;
+use crate::{not_finite, suite};
+
+fn call() -> Call {
+    Call::by(Family::Hopper)
+}
+
+/// What a kernel's launches were configured as.
+fn configs<'a>(launches: &'a [Launch], kernel: &str) -> Vec<&'a str> {
+    launches.iter().filter(|launch| launch.kernel == kernel).map(|launch| launch.config.as_str()).collect()
+}
+
+#[test]
+fn each_option_agrees() {
+    let launches = suite::each_option(call());
+    assert!(ran(&launches, "backward_hopper"));
+    assert!(!ran(&launches, "backward_mma") && !ran(&launches, "backward_queries_mma"));
+    let forwards = configs(&launches, "forward_hopper");
+    assert!(forwards.iter().all(|config| !config.contains("heads of")), "{forwards:?}");
+}
+
+#[test]
+fn other_dimensions_agree() {
+    assert!(ran(&suite::dimensions([[128, 128], [40, 72]], call()), "backward_hopper"));
+}
+
+#[test]
+fn large_heads_agree() {
+    let launches = suite::dimensions([[256, 192]], call());
+    // The form in which one warpgroup has dk, the other dv.
+    let configs = configs(&launches, "backward_hopper");
+    assert!(configs == ["tile 64x64, 2 warpgroups, head 256, values 192"], "{configs:?}");
+}
+
+#[test]
+fn heads_share_tiles_where_queries_are_few() {
+    let element = call().family.elements()[0];
+    let of = |heads_q, seq_q| plain([2, heads_q, 2], [seq_q, 150], DIMS, element);
+    let cases = [
+        // Six heads, which do not fill a tile, and four. Of the six a thread's two rows are of two.
+        Case::new(of(12, 5), 90),
+        Case::new(Problem { alibi: true, ..of(12, 5) }, 93),
+        Case::new(Problem { alibi: true, key_lengths: true, ..of(8, 30) }, 91),
+    ];
+    let launches = agree(cases, Call { twice: true, ..call() });
+    let configs = configs(&launches, "forward_hopper");
+    assert!(configs.iter().all(|config| config.contains("heads of")), "{configs:?}");
+}
+
+/// As where walks are long, which here would take minutes.
+#[test]
+fn three_warpgroups_agree() {
+    let case = Case::new(plain([1, 2, 1], [400, 300], DIMS, call().family.elements()[0]), 92);
+    let launches = agree(
+        [case],
+        Call {
+            choose: |selection| {
+                let tiles = selection.hopper.expect("the family's tiles");
+                selection.hopper = Some(HopperConfig { consumers: 3, bk: 112, packed: 1, ..tiles });
+            },
+            twice: true,
+            ..call()
+        },
+    );
+    let configs = configs(&launches, "forward_hopper");
+    assert!(configs.iter().all(|config| config.contains("3 warpgroups")), "{configs:?}");
+}
+
+#[test]
+fn unordered_gradients_agree() {
+    let [element, other] = call().family.elements();
+    let unordered = |problem| Problem { unordered: true, ..problem };
+    let cases = [of_dims(DIMS, element), of_dims([256, 192], other)];
+    let mut launches = agree(cases.map(|case| Case { problem: unordered(case.problem), ..case }), call());
+    let listed = unordered(plain([1, 2, 1], [300, 410], DIMS, element));
+    launches.extend(sparse_agree([planned(listed, 93, [128, 128])], call()));
+    let configs = configs(&launches, "backward_hopper");
+    assert!(configs.len() == 3 && configs.iter().all(|config| config.ends_with("unordered")), "{configs:?}");
+    assert!(configs[2].contains("listed"), "{configs:?}");
+}
+
+#[test]
+fn the_backward_of_mma_agrees() {
+    let case = of_dims(DIMS, call().family.elements()[0]);
+    let launches = agree([case], call().in_two_passes());
+    assert!(ran(&launches, "forward_hopper") && ran(&launches, "backward_keys_mma"));
+}
+
+#[test]
+fn strides_are_followed() {
+    suite::strides(call());
+}
+
+#[test]
+fn where_there_is_nothing_to_see_there_are_zeros() {
+    suite::nothing_to_see(call());
+}
+
+#[test]
+fn score_functions_agree() {
+    assert!(ran(&suite::score_functions(call()), "backward_hopper"));
+}
+
+#[test]
+fn plans_agree_by_listed_steps() {
+    let launches = suite::plans([128, 128], call());
+    let configs = configs(&launches, "backward_hopper");
+    assert!(ran(&launches, "list_steps") && configs.iter().all(|config| config.ends_with("listed")), "{configs:?}");
+}
+
+#[test]
+fn nan_spreads_as_the_oracle_says() {
+    not_finite::spread_as_the_oracle_says(call());
+}
+
+#[test]
+fn nan_stays_within_tiles() {
+    not_finite::stays_within_tiles(call());
+}
+
+#[test]
+fn random_problems_agree() {
+    suite::random(call());
+}

@@ -1,0 +1,59 @@
+//! The family for NVIDIA's tensor cores with elements of f32, a product being three of tf32.
+
+use crate::attention::{Call, Family, ran};
+use crate::{not_finite, suite};
+
+fn call() -> Call {
+    Call::by(Family::Tf32)
+}
+
+#[test]
+fn each_option_agrees() {
+    let launches = suite::each_option(call());
+    assert!(ran(&launches, "backward_queries_mma") && ran(&launches, "backward_keys_mma"));
+}
+
+#[test]
+fn other_dimensions_agree() {
+    suite::dimensions([[128, 128], [59, 111]], call());
+}
+
+#[test]
+fn strides_are_followed() {
+    suite::strides(call());
+}
+
+#[test]
+fn where_there_is_nothing_to_see_there_are_zeros() {
+    suite::nothing_to_see(call());
+}
+
+#[test]
+fn score_functions_agree() {
+    suite::score_functions(call());
+}
+
+#[test]
+fn plans_agree() {
+    suite::plans([64, 64], call());
+}
+
+#[test]
+fn nan_spreads_as_the_oracle_says() {
+    not_finite::spread_as_the_oracle_says(call());
+}
+
+#[test]
+fn infinities_are_kept() {
+    not_finite::infinities_are_kept(call());
+}
+
+#[test]
+fn nan_stays_within_tiles() {
+    not_finite::stays_within_tiles(call());
+}
+
+#[test]
+fn random_problems_agree() {
+    suite::random(call());
+}
