@@ -81,13 +81,16 @@ pub fn snapshot() -> Arc<Regions> {
     registry.snapshot.insert(Arc::new(regions)).clone()
 }
 
+/// The region that holds all `bytes` from `start` on.
+pub fn region(regions: &[(u64, u64)], start: u64, bytes: u64) -> Option<(u64, u64)> {
+    let next = regions.partition_point(|region| region.0 <= start);
+    let region = regions[next.checked_sub(1)?];
+    (start.checked_add(bytes)? <= region.1).then_some(region)
+}
+
 /// Whether one of the regions holds all `bytes` from `start` on.
 pub fn holds(regions: &[(u64, u64)], start: u64, bytes: u64) -> bool {
-    let next = regions.partition_point(|region| region.0 <= start);
-    match (next.checked_sub(1), start.checked_add(bytes)) {
-        (Some(region), Some(end)) => end <= regions[region].1,
-        _ => false,
-    }
+    region(regions, start, bytes).is_some()
 }
 
 #[cfg(test)]

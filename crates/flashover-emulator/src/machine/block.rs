@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::code::SHARED_START;
 use super::registers::LANES;
+use crate::memory::region;
 use crate::ptx::Error;
 use crate::tensor_map::TensorMap;
 
@@ -77,25 +78,21 @@ impl Block {
     pub(crate) fn global(&mut self, at: u64, len: usize) -> Result<*mut u8, Error> {
         let end = at.wrapping_add(len as u64);
         if at < self.hit.0 || end > self.hit.1 {
-            let next = self.allocations.partition_point(|(start, _)| *start <= at);
-            self.hit = *self
-                .allocations
-                .get(next.wrapping_sub(1))
-                .filter(|(_, last)| end <= *last)
+            self.hit = region(&self.allocations, at, len as u64)
                 .ok_or_else(|| format!("{len} bytes at {at:#x} of global memory are no allocation's"))?;
         }
         Ok(at as *mut u8)
     }
 
     pub(crate) fn shared(&mut self, at: u64, len: usize) -> Result<*mut u8, Error> {
-        if at < SHARED_START || at + len as u64 > self.bytes as u64 {
+        if at < SHARED_START || at.saturating_add(len as u64) > self.bytes as u64 {
             return Err(format!("{len} bytes at {at:#x} of shared memory, which ends at {:#x}", self.bytes));
         }
         Ok(self.shared.as_mut_ptr().cast::<u8>().wrapping_add(at as usize))
     }
 
     pub(crate) fn param(&mut self, at: u64, len: usize) -> Result<*mut u8, Error> {
-        if at + len as u64 > self.params.len() as u64 {
+        if at.saturating_add(len as u64) > self.params.len() as u64 {
             return Err(format!("{len} bytes at {at:#x} of the parameters, which are {} bytes", self.params.len()));
         }
         Ok(self.params.as_ptr().cast_mut().wrapping_add(at as usize))

@@ -2,10 +2,9 @@
 //! carried out as late as it may be, so that who does not wait sees it.
 
 use super::block::{Block, Load};
-use super::code::{Act, Builder, SHARED_WINDOW, Step, Then};
-use super::memory::{Address, add_float, place};
+use super::code::{Act, Builder, Step, Then};
+use super::memory::{Address, add_float, in_shared, place};
 use super::registers::lanes;
-use super::synchronize::barrier_at;
 use super::warp::{Bulk, Copy, Warp};
 use crate::ptx::{Arg, Error, Space};
 use crate::tensor_map::TensorMap;
@@ -66,17 +65,12 @@ fn each(f: impl Fn(&mut Warp, &mut Block, usize) -> Result<(), Error> + Send + S
     })
 }
 
-/// Within shared memory, whichever way the address is written.
-fn within(address: u64) -> u64 {
-    if address >= SHARED_WINDOW { address - SHARED_WINDOW } else { address }
-}
-
 fn start(builder: &mut Builder, args: &[Arg]) -> Result<Act, Error> {
     let (to, from, size) = (Address::of(builder, &args[0])?, Address::of(builder, &args[1])?, count(&args[2])?);
     let read = args.get(3).map(|read| builder.source(read)).transpose()?;
     Ok(each(move |w, b, l| {
         let read = read.map_or(size, |read| w.registers.get(read)[l] as usize);
-        let (to, from) = (within(to.at(&w.registers, l)), from.at(&w.registers, l));
+        let (to, from) = (in_shared(to.at(&w.registers, l)), from.at(&w.registers, l));
         if to % size as u64 != 0 || read > 0 && from % size as u64 != 0 || read > size {
             return Err(format!("a copy of {read} of {size} bytes from {from:#x} to {to:#x}"));
         }
@@ -116,12 +110,12 @@ fn row(builder: &mut Builder, args: &[Arg]) -> Result<Act, Error> {
         (Address::of(builder, &args[0])?, Address::of(builder, &args[1])?, builder.source(&args[2])?);
     let barrier = Address::of(builder, &args[3])?;
     Ok(each(move |w, b, l| {
-        let (to, from) = (within(to.at(&w.registers, l)), from.at(&w.registers, l));
+        let (to, from) = (in_shared(to.at(&w.registers, l)), from.at(&w.registers, l));
         let bytes = w.registers.get(bytes)[l] as usize;
         sixteens(to, from, bytes)?;
         b.global(from, bytes)?;
         b.shared(to, bytes)?;
-        b.loads.push((Load::Row { to, from, bytes }, barrier_at(barrier.at(&w.registers, l))));
+        b.loads.push((Load::Row { to, from, bytes }, in_shared(barrier.at(&w.registers, l))));
         Ok(())
     }))
 }
@@ -130,7 +124,7 @@ fn bulk(builder: &mut Builder, args: &[Arg], adds: bool) -> Result<Act, Error> {
     let (to, from, bytes) =
         (Address::of(builder, &args[0])?, Address::of(builder, &args[1])?, builder.source(&args[2])?);
     Ok(each(move |w, b, l| {
-        let (to, from) = (to.at(&w.registers, l), within(from.at(&w.registers, l)));
+        let (to, from) = (to.at(&w.registers, l), in_shared(from.at(&w.registers, l)));
         let bytes = w.registers.get(bytes)[l] as usize;
         sixteens(to, from, bytes)?;
         b.global(to, bytes)?;
@@ -171,8 +165,8 @@ fn tensor(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Act, Err
         // SAFETY: both halves of the map's 128 bytes were checked, and whatever they lie in is in one piece.
         let map = TensorMap::from_bytes(unsafe { &*bytes.cast::<[u8; 128]>() })?;
         let coordinates = coordinates.iter().map(|&x| w.registers.get(x)[l] as i32).collect();
-        let to = within(to.at(&w.registers, l));
-        b.loads.push((Load::Box { map: Box::new(map), coordinates, to }, barrier_at(barrier.at(&w.registers, l))));
+        let to = in_shared(to.at(&w.registers, l));
+        b.loads.push((Load::Box { map: Box::new(map), coordinates, to }, in_shared(barrier.at(&w.registers, l))));
         Ok(())
     }))
 }

@@ -61,6 +61,11 @@ pub(crate) fn space_of(code: &[&str]) -> Space {
     named.unwrap_or(Space::Generic)
 }
 
+/// An address within shared memory, whichever way it is written.
+pub(crate) fn in_shared(at: u64) -> u64 {
+    at.checked_sub(SHARED_WINDOW).unwrap_or(at)
+}
+
 /// Where bytes lie in this program's memory.
 #[inline(always)]
 pub(crate) fn place(

@@ -1,8 +1,7 @@
 //! Barriers of a block, mbarriers, shuffles and votes. PTX ISA, "Parallel Synchronization and Communication Instructions".
 
-use super::code::SHARED_WINDOW;
 use super::code::{Act, Builder, Step, Then, target, target_predicate, target64};
-use super::memory::{Address, space_of};
+use super::memory::{Address, in_shared, space_of};
 use super::registers::lanes;
 use crate::ptx::{Arg, Error, Slot, Space};
 
@@ -154,11 +153,6 @@ fn reduce(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Step, Er
     Ok(Step::Together(Some(members), run))
 }
 
-/// The address of an mbarrier within shared memory.
-pub(crate) fn barrier_at(address: u64) -> u64 {
-    if address >= SHARED_WINDOW { address - SHARED_WINDOW } else { address }
-}
-
 fn mbarrier(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Step, Error> {
     if !matches!(space_of(code), Space::Shared | Space::Generic) {
         return Err("an mbarrier lies in shared memory".into());
@@ -168,7 +162,7 @@ fn mbarrier(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Step, 
             let (at, count) = (Address::of(builder, &args[0])?, builder.source(&args[1])?);
             Box::new(move |w, b, m| {
                 for l in lanes(m) {
-                    b.mbarrier(barrier_at(at.at(&w.registers, l)))?.init(w.registers.get(count)[l])?;
+                    b.mbarrier(in_shared(at.at(&w.registers, l)))?.init(w.registers.get(count)[l])?;
                 }
                 Ok(Then::Next)
             })
@@ -178,7 +172,7 @@ fn mbarrier(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Step, 
             let (at, bytes) = (Address::of(builder, &args[0])?, builder.source(&args[1])?);
             Box::new(move |w, b, m| {
                 for l in lanes(m) {
-                    b.mbarrier(barrier_at(at.at(&w.registers, l)))?.expect(w.registers.get(bytes)[l])?;
+                    b.mbarrier(in_shared(at.at(&w.registers, l)))?.expect(w.registers.get(bytes)[l])?;
                 }
                 Ok(Then::Next)
             })
@@ -193,7 +187,7 @@ fn mbarrier(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Step, 
                 let mut passed = 0;
                 for l in lanes(m) {
                     let parity = if by_parity { w.registers.get(phase)[l] } else { w.registers.get64(phase)[l] as u32 };
-                    passed |= u32::from(b.mbarrier(barrier_at(at.at(&w.registers, l)))?.passed(parity)?) << l;
+                    passed |= u32::from(b.mbarrier(in_shared(at.at(&w.registers, l)))?.passed(parity)?) << l;
                 }
                 if tries && passed != m {
                     return Ok(Then::Again);
@@ -221,7 +215,7 @@ fn arrive(builder: &mut Builder, code: &[&str], args: &[Arg]) -> Result<Act, Err
         let mut out = [0; 32];
         for l in lanes(m) {
             let number = number.map(|number| w.registers.get(number)[l]);
-            let barrier = b.mbarrier(barrier_at(at.at(&w.registers, l)))?;
+            let barrier = b.mbarrier(in_shared(at.at(&w.registers, l)))?;
             out[l] = barrier.parity().into();
             if expects {
                 barrier.expect(number.unwrap_or(0))?;

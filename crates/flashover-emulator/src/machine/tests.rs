@@ -123,6 +123,7 @@ fn what_is_wrong_is_said() {
         ("mov.u32 %r1, 0;\nst.global.u32 [%rd2+2], %r1;", 32, "not a multiple of 4"),
         ("mov.u32 %r2, memory;\nld.shared.u32 %r1, [%r2+1024];", 32, "shared memory"),
         ("ld.shared.u32 %r1, [0];", 32, "shared memory"),
+        ("mov.u64 %rd3, 0xFFFFFFFFFFFFFFFC;\nld.shared.u32 %r1, [%rd3];", 32, "shared memory"),
         ("mov.u32 %r1, 0;\nbar.sync 1, 96;", 64, "all threads wait"),
         ("mov.u32 %r1, 0;\nbar.sync 1, 40;", 64, "no multiple of 32"),
         (

@@ -99,7 +99,7 @@ impl Warp {
     }
 
     pub(crate) fn local(&mut self, lane: usize, at: u64, len: usize) -> Result<*mut u8, Error> {
-        if at + len as u64 > self.local_size as u64 {
+        if at.saturating_add(len as u64) > self.local_size as u64 {
             return Err(format!("{len} bytes at {at:#x} of local memory, which has {}", self.local_size));
         }
         let start = self.local.as_mut_ptr();

@@ -7,6 +7,8 @@ fn call() -> Call {
     Call::by(Family::Cmma)
 }
 
+suite::every_family!(call());
+
 #[test]
 fn each_option_agrees() {
     let launches = suite::each_option(call());
@@ -16,16 +18,6 @@ fn each_option_agrees() {
 #[test]
 fn other_dimensions_agree() {
     suite::dimensions([[128, 128], [59, 111], [256, 192]], call());
-}
-
-#[test]
-fn strides_are_followed() {
-    suite::strides(call());
-}
-
-#[test]
-fn where_there_is_nothing_to_see_there_are_zeros() {
-    suite::nothing_to_see(call());
 }
 
 #[test]
@@ -46,14 +38,4 @@ fn gradients_are_taken_alone() {
 #[test]
 fn nan_spreads_as_the_oracle_says() {
     not_finite::spread_as_the_oracle_says(call());
-}
-
-#[test]
-fn nan_stays_within_tiles() {
-    not_finite::stays_within_tiles(call());
-}
-
-#[test]
-fn random_problems_agree() {
-    suite::random(call());
 }

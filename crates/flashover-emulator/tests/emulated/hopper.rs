@@ -15,6 +15,8 @@ fn call() -> Call {
     Call::by(Family::Hopper)
 }
 
+suite::every_family!(call());
+
 /// What a kernel's launches were configured as.
 fn configs<'a>(launches: &'a [Launch], kernel: &str) -> Vec<&'a str> {
     launches.iter().filter(|launch| launch.kernel == kernel).map(|launch| launch.config.as_str()).collect()
@@ -97,16 +99,6 @@ fn the_backward_of_mma_agrees() {
 }
 
 #[test]
-fn strides_are_followed() {
-    suite::strides(call());
-}
-
-#[test]
-fn where_there_is_nothing_to_see_there_are_zeros() {
-    suite::nothing_to_see(call());
-}
-
-#[test]
 fn score_functions_agree() {
     assert!(ran(&suite::score_functions(call()), "backward_hopper"));
 }
@@ -121,14 +113,4 @@ fn plans_agree_by_listed_steps() {
 #[test]
 fn nan_spreads_as_the_oracle_says() {
     not_finite::spread_as_the_oracle_says(call());
-}
-
-#[test]
-fn nan_stays_within_tiles() {
-    not_finite::stays_within_tiles(call());
-}
-
-#[test]
-fn random_problems_agree() {
-    suite::random(call());
 }

@@ -7,6 +7,8 @@ fn call() -> Call {
     Call::by(Family::Mma)
 }
 
+suite::every_family!(call());
+
 #[test]
 fn each_option_agrees() {
     let launches = suite::each_option(call());
@@ -27,16 +29,6 @@ fn other_dimensions_agree() {
     // Of such heads there is no backward in one pass.
     let launches = suite::dimensions([[256, 192]], call());
     assert!(ran(&launches, "backward_queries_mma") && !ran(&launches, "backward_mma"));
-}
-
-#[test]
-fn strides_are_followed() {
-    suite::strides(call());
-}
-
-#[test]
-fn where_there_is_nothing_to_see_there_are_zeros() {
-    suite::nothing_to_see(call());
 }
 
 #[test]
@@ -66,14 +58,4 @@ fn gradients_are_taken_alone() {
 fn nan_spreads_as_the_oracle_says() {
     not_finite::spread_as_the_oracle_says(call());
     not_finite::spread_as_the_oracle_says(call().in_two_passes());
-}
-
-#[test]
-fn nan_stays_within_tiles() {
-    not_finite::stays_within_tiles(call());
-}
-
-#[test]
-fn random_problems_agree() {
-    suite::random(call());
 }

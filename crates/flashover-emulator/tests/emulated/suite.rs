@@ -17,6 +17,32 @@ use crate::attention::{Call, Family};
 use crate::check::{agree, check_against, sparse_agree};
 use crate::problems::{DIMS, nearly_nothing, of_dims, options, plain};
 
+/// The tests that every family has, of its call.
+macro_rules! every_family {
+    ($call:expr) => {
+        #[test]
+        fn strides_are_followed() {
+            $crate::suite::strides($call);
+        }
+
+        #[test]
+        fn where_there_is_nothing_to_see_there_are_zeros() {
+            $crate::suite::nothing_to_see($call);
+        }
+
+        #[test]
+        fn nan_stays_within_tiles() {
+            $crate::not_finite::stays_within_tiles($call);
+        }
+
+        #[test]
+        fn random_problems_agree() {
+            $crate::suite::random($call);
+        }
+    };
+}
+pub(crate) use every_family;
+
 /// Each option, the first ones twice for the same bits.
 pub fn each_option(call: Call) -> Vec<Launch> {
     let (twice, once): (Vec<_>, Vec<_>) =
