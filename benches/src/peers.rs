@@ -51,6 +51,8 @@ const CALLS: [f64; 2] = [3.0, 200.0];
 pub enum Name {
     /// Our kernels for Hopper GPUs.
     Hopper,
+    /// The same where dq need not have the same bits in every run; their forward is that of the others.
+    HopperUnordered,
     /// Our kernels for tensor cores.
     Mma,
     /// Our kernels for cooperative matrices.
@@ -71,16 +73,25 @@ pub enum Name {
 
 impl Name {
     /// Those that take part in the suite sparse unless others are named.
-    pub const SPARSE: [Name; 3] = [Name::Hopper, Name::Mma, Name::FlexAttention];
+    pub const SPARSE: [Name; 4] = [Name::Hopper, Name::HopperUnordered, Name::Mma, Name::FlexAttention];
 
     /// Those that take part in the suite peers unless others are named.
-    pub const USUAL: [Name; 7] =
-        [Name::Mma, Name::Hopper, Name::Fa2, Name::Cudnn, Name::FlexAttention, Name::Flashover, Name::Burn];
+    pub const USUAL: [Name; 8] = [
+        Name::Mma,
+        Name::Hopper,
+        Name::HopperUnordered,
+        Name::Fa2,
+        Name::Cudnn,
+        Name::FlexAttention,
+        Name::Flashover,
+        Name::Burn,
+    ];
 
     /// As it is written.
     pub const fn text(self) -> &'static str {
         match self {
             Name::Hopper => "hopper",
+            Name::HopperUnordered => "hopper_unordered",
             Name::Mma => "mma",
             Name::Cmma => "cmma",
             Name::Portable => "portable",
@@ -93,7 +104,7 @@ impl Name {
     }
 
     const fn is_ours(self) -> bool {
-        matches!(self, Name::Hopper | Name::Mma | Name::Cmma | Name::Portable | Name::Flashover)
+        !matches!(self, Name::Burn | Name::Fa2 | Name::Cudnn | Name::FlexAttention)
     }
 
     /// What it is compared in. Burn's attention works on f16 tiles, and in bf16 its tuning panics or does not end.
@@ -209,13 +220,13 @@ fn measure(
     let mut judge = script.child("judge", choice.limit)?;
     let mut entrants = Vec::new();
     for &name in &choice.names {
+        let own = |choice| Kernels::new(name.text(), choice, client.clone(), folder.clone());
         let contestant: Box<dyn Contestant> = match name {
-            Name::Hopper => Box::new(Kernels::new(name.text(), KernelChoice::Hopper, client.clone(), folder.clone())),
-            Name::Mma => Box::new(Kernels::new(name.text(), KernelChoice::Mma, client.clone(), folder.clone())),
-            Name::Cmma => Box::new(Kernels::new(name.text(), KernelChoice::Cmma, client.clone(), folder.clone())),
-            Name::Portable => {
-                Box::new(Kernels::new(name.text(), KernelChoice::Portable, client.clone(), folder.clone()))
-            }
+            Name::Hopper => Box::new(own(KernelChoice::Hopper)),
+            Name::HopperUnordered => Box::new(own(KernelChoice::Hopper).unordered()),
+            Name::Mma => Box::new(own(KernelChoice::Mma)),
+            Name::Cmma => Box::new(own(KernelChoice::Cmma)),
+            Name::Portable => Box::new(own(KernelChoice::Portable)),
             Name::Flashover | Name::Burn => Box::new(own_process(name, folder.path(), choice.limit)?),
             Name::Fa2 | Name::Cudnn | Name::FlexAttention => Box::new(script.child(name.text(), choice.limit)?),
         };

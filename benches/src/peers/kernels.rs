@@ -29,6 +29,8 @@ pub struct Kernels {
     choice: KernelChoice,
     /// Another forward tile than the family's own, if that family is mma.
     tile: Option<MmaTile>,
+    /// Whether gradients may differ from run to run.
+    unordered: bool,
     client: Client,
     folder: Rc<Folder>,
     /// The operands that were read last: the cases of a run are mostly other shapes of the same elements.
@@ -73,7 +75,12 @@ fn planned(spec: &Spec, problem: &mut Problem) -> Result<Option<BlockPlan>, Stri
 impl Kernels {
     /// The family of that name.
     pub fn new(name: &'static str, choice: KernelChoice, client: Client, folder: Rc<Folder>) -> Self {
-        Kernels { name, choice, tile: None, client, folder, kept: None, call: None }
+        Kernels { name, choice, tile: None, unordered: false, client, folder, kept: None, call: None }
+    }
+
+    /// The same where gradients may differ from run to run.
+    pub fn unordered(self) -> Self {
+        Kernels { unordered: true, ..self }
     }
 
     /// The same with another forward tile of the mma family, from the next case on.
@@ -170,7 +177,7 @@ impl Contestant for Kernels {
 
     fn load(&mut self, spec: &Spec) -> Result<(), String> {
         self.call = None;
-        let mut problem = spec.problem()?;
+        let mut problem = Problem { unordered: self.unordered, ..spec.problem()? };
         let plan = planned(spec, &mut problem)?.map(|plan| self.upload(&plan));
         let selection = select(&problem, &DeviceLimits::of(&self.client), self.choice);
         let mut selection = selection.map_err(|error| error.to_string())?;

@@ -16,8 +16,9 @@ use super::sparse;
 const FONT: &str = "sans-serif";
 /// Of one panel.
 const SIZE: (u32, u32) = (520, 400);
-const COLORS: [(&str, RGBColor); 7] = [
+const COLORS: [(&str, RGBColor); 8] = [
     ("hopper", RGBColor(0x1f, 0x5f, 0xb4)),
+    ("hopper_unordered", RGBColor(0x6b, 0xae, 0xd6)),
     ("mma", RGBColor(0x1b, 0x9e, 0x77)),
     ("flashover", RGBColor(0x75, 0x70, 0xb3)),
     ("cudnn", RGBColor(0xd9, 0x5f, 0x02)),

@@ -1,11 +1,20 @@
-//! Which key tile a cube of a backward in one pass owns, and when it is its turn to add to the dq of a query tile.
+//! Which key tile a cube of a backward in one pass owns, the query tiles that it visits, and when it is its turn to add to the dq
+//! of one.
+//!
+//! **Without a plan** key tiles are given out from the first to the last, and each visits its queries from the last to the first.
+//! Under causal order those that visit most go first, so that what is left for the end is short; in a window each
+//! starts where the one before it has been. The cubes of a head come by a query tile in the order in which they start,
+//! but for the visible sinks: who visits all queries would keep all who visit a window waiting, so they come last.
+//!
+//! **Under a plan** it is the other way round, and the plan's [list](super::listed) tells: there nothing says which key tiles
+//! are sinks, and the first ones may be.
 
 use cubecl::prelude::*;
 
 use super::element::{Head, Numbers, head_of};
 use super::listed::{Listing, Lists, listing, next_listed, no_listing, steps_listed};
 use super::tile_shape::TileShape;
-use super::walk::{Step, Walk, key_walk, no_walk, query_band_step, query_walk};
+use super::walk::{Step, Walk, no_walk, query_band_step, reach_keys, reach_queries};
 
 /// What a cube owns: a tile of keys, and the query heads that share them.
 #[derive(CubeType, Clone, Copy)]
@@ -25,8 +34,8 @@ pub(crate) struct KeyTile {
     pub exists: bool,
 }
 
-/// The key tile of a ticket: in sections of `section` heads, which are worked on side by side, the last tiles of all of them
-/// first. Cubes of a head then start as far apart as they must follow each other.
+/// The key tile of a ticket: in sections of `section` heads, which are worked on side by side, tile by tile of all of them.
+/// Cubes of a head then start as far apart as they must follow each other.
 #[cube]
 pub(crate) fn key_tile<E: Float>(
     ticket: u32,
@@ -45,13 +54,19 @@ pub(crate) fn key_tile<E: Float>(
     let exists = first < heads;
     let wide = select(exists, min(section, heads - first), 1u32);
     let head = select(exists, first + rest % wide, 0u32);
-    let tile = select(exists, tiles - 1 - rest / wide, 0u32);
+    let mut tile = 0u32.runtime();
+    if exists {
+        tile = if comptime!(listed) { tiles - 1 - rest / wide } else { tile_of_rank(rest / wide, tiles, n, shape) };
+    }
     let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
     let first_head = key_head * group;
     let j0 = tile * comptime!(shape.rows as u32);
     let at = head_of::<E>(batch, first_head, scratch, bias, n, with_bias);
-    let walk = if comptime!(listed) { no_walk() } else { query_walk(j0, at, scratch, n, shape) };
+    let mut walk = no_walk();
+    if comptime!(!listed) {
+        reach_queries(&mut walk, j0, at, n, shape);
+    }
     KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
 }
 
@@ -85,15 +100,41 @@ pub(crate) fn place_of(owned: KeyTile, head: u32, m: u32, n: Numbers, #[comptime
     (owned.batch * n.heads_q + head) * n.seq_q.div_ceil(comptime!(bq as u32)) + m
 }
 
-/// Without a plan, how many cubes add to query tile `m` before this one: those whose keys come later, and the visible sinks last.
+/// Key tiles that may be visible as sinks.
 #[cube]
-pub(crate) fn turn_of(owned: KeyTile, m: u32, scratch: &[u32], n: Numbers, #[comptime] shape: TileShape) -> u32 {
-    let walk: Walk = key_walk(m * comptime!(shape.cols as u32), owned.at, scratch, n, comptime!(shape.turned()));
-    let band_end = walk.first + walk.steps - walk.sink_tiles;
-    select(owned.tile < walk.sink_tiles, walk.steps, band_end) - 1 - owned.tile
+fn sinks_of(tiles: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
+    min(max(n.sinks, 0i32) as u32, tiles * comptime!(shape.rows as u32)).div_ceil(comptime!(shape.rows as u32))
 }
 
-/// The query tiles of a head that a cube works on, in ascending order.
+/// Without a plan, the key tile of a head that is given out as number `rank`: in ascending order, sinks last.
+#[cube]
+fn tile_of_rank(rank: u32, tiles: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
+    (rank + sinks_of(tiles, n, shape)) % tiles
+}
+
+/// Without a plan, query tile `t` of those that a key tile visits.
+#[cube]
+pub(crate) fn query_tile_at(owned: KeyTile, t: u32) -> u32 {
+    owned.walk.first + owned.walk.steps - 1 - t
+}
+
+/// Without a plan, how many cubes add to query tile `m` before this one: those given out before it that visit it.
+#[cube]
+pub(crate) fn turn_of(owned: KeyTile, m: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
+    let mut seen = no_walk();
+    reach_keys(&mut seen, m * comptime!(shape.cols as u32), owned.at, n, comptime!(shape.turned()));
+    let sinks = sinks_of(n.seq_kv.div_ceil(comptime!(shape.rows as u32)), n, shape);
+    let band = max(seen.first, sinks);
+    if owned.tile < sinks {
+        // Between sinks and band there may be a gap.
+        let gap = select(owned.tile < seen.sink_tiles, 0u32, seen.first - seen.sink_tiles);
+        max(seen.first + seen.steps - seen.sink_tiles, band) - band + owned.tile - gap
+    } else {
+        owned.tile - band
+    }
+}
+
+/// The query tiles of a head that a cube works on.
 #[derive(CubeType)]
 pub(crate) struct QueryTiles {
     /// Under a plan.
@@ -139,9 +180,83 @@ pub(crate) fn next_query_tile(
         tiles.turn = next.turn;
         next.step
     } else {
-        let mut step = query_band_step(owned.walk, tiles.t, owned.j0, owned.at, n, with_bias, shape);
+        let m = query_tile_at(owned, tiles.t);
+        let mut step = query_band_step(m, owned.j0, owned.at, n, with_bias, shape);
         step.empty = tiles.t >= owned.walk.steps;
         tiles.t += 1;
         step
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::listed::tests::numbers;
+    use super::*;
+    use crate::mask::{Band, Extent, UNBOUNDED};
+
+    const SHAPE: TileShape = TileShape { rows: 8, cols: 4 };
+
+    /// The key tiles of a head in the order of their tickets.
+    fn given_out(n: Numbers, keys: i32) -> Vec<KeyTile> {
+        let tiles = n.seq_kv.div_ceil(SHAPE.rows as u32);
+        let at = Head { batch: 0, head: 0, keys, slope: 0.0, mask_at: 0, bias_at: 0 };
+        let owned = |rank| {
+            let tile = tile_of_rank(rank, tiles, n, SHAPE);
+            let j0 = tile * SHAPE.rows as u32;
+            let mut walk = no_walk();
+            reach_queries(&mut walk, j0, at, n, SHAPE);
+            KeyTile { batch: 0, key_head: 0, first_head: 0, group: 1, tile, j0, at, walk, exists: true }
+        };
+        (0..tiles).map(owned).collect()
+    }
+
+    fn visited(owned: KeyTile) -> Vec<u32> {
+        (0..owned.walk.steps).map(|t| query_tile_at(owned, t)).collect()
+    }
+
+    /// So no cube waits for one that has not started, and none is passed over.
+    #[test]
+    fn turns_follow_tickets() {
+        let mut visits = 0;
+        for (seq_q, seq_kv) in [(41, 83), (83, 41), (48, 48), (1, 90), (90, 1), (64, 200)] {
+            for (causal, left, right, sinks) in [
+                (false, UNBOUNDED, UNBOUNDED, 0),
+                (true, UNBOUNDED, UNBOUNDED, 0),
+                (true, 10, UNBOUNDED, 0),
+                (true, 10, UNBOUNDED, 11),
+                (false, 3, 5, 30),
+                (false, 20, 0, 1),
+                (true, UNBOUNDED, UNBOUNDED, 9),
+                (true, 6, UNBOUNDED, 500),
+            ] {
+                let extent = Extent { batch: 1, heads: 1, seq_q, seq_kv };
+                let n = numbers(extent, Band { causal, left, right, sinks });
+                for keys in [seq_kv as i32, seq_kv as i32 / 2, 1, 0] {
+                    let tiles = given_out(n, keys);
+                    for m in 0..seq_q.div_ceil(SHAPE.cols as u32) {
+                        let visitors = tiles.iter().filter(|&&owned| visited(owned).contains(&m));
+                        for (turn, &owned) in visitors.enumerate() {
+                            let context = (seq_q, seq_kv, causal, left, right, sinks, keys, m, owned.tile);
+                            assert_eq!(turn_of(owned, m, n, SHAPE), turn as u32, "{context:?}");
+                            visits += 1;
+                        }
+                    }
+                }
+            }
+        }
+        assert!(visits > 4000, "{visits}");
+    }
+
+    #[test]
+    fn who_visits_most_starts_first_and_sinks_last() {
+        let extent = Extent { batch: 1, heads: 1, seq_q: 96, seq_kv: 96 };
+        let causal = Band { causal: true, ..Band::default() };
+        let steps = |band: Band| given_out(numbers(extent, band), 96).iter().map(|tile| tile.walk.steps).collect();
+        let falling: Vec<u32> = steps(causal);
+        assert_eq!(falling, [24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2]);
+        let window: Vec<u32> = steps(Band { left: 7, sinks: 3, ..causal });
+        assert_eq!(window, [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 24]);
+        let last = given_out(numbers(extent, Band { left: 7, sinks: 3, ..causal }), 96)[0];
+        assert_eq!(visited(last), [5, 4, 3, 2]);
     }
 }

@@ -194,7 +194,7 @@ pub(super) fn list_keys(walk: &mut Walk, i0: u32, at: Head, scratch: &[u32], n: 
 
 /// The key tiles that position and key lengths let queries from `i0` on see.
 #[cube]
-pub(super) fn reach_keys(walk: &mut Walk, i0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
+pub(crate) fn reach_keys(walk: &mut Walk, i0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
     let bk = comptime!(tile.cols as i32);
     let a0 = position(i0, n);
     let a1 = position(min(i0 + comptime!(tile.rows as u32), n.seq_q) - 1, n);
@@ -303,18 +303,17 @@ pub(crate) fn reach_queries(walk: &mut Walk, j0: u32, at: Head, n: Numbers, #[co
     }
 }
 
-/// Tile `t` of [`query_walk`] where there is no plan.
+/// Query tile `m` and keys from `j0` on where there is no plan.
 #[cube]
 pub(crate) fn query_band_step(
-    walk: Walk,
-    t: u32,
+    m: u32,
     j0: u32,
     at: Head,
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] tile: TileShape,
 ) -> Step {
-    let i0 = (t + walk.first) * comptime!(tile.cols as u32);
+    let i0 = m * comptime!(tile.cols as u32);
     let full = tile_is_full(i0, tile.cols, j0, tile.rows, at.keys, n, with_bias);
     Step { i0, j0, full, empty: false, bits: 0usize, row_words: 0u32 }
 }

@@ -11,10 +11,10 @@
 //! dv += pᵀ · do    dk += dsᵀ · q    dqᵀ += kᵀ · dsᵀ
 //! ```
 //!
-//! **dq has the same bits in every run.** The cubes of a head take turns at a query tile, the last key tile first: with
-//! a window or causal order it starts at the last queries, so they come by in that order; without, they follow each other
-//! at the distance of one addition. Tickets are given out in that order too, so that no cube waits for one that has not
-//! started. The first to come writes, the others add: nothing is zeroed before. Unordered, they add to zeros as they come.
+//! **dq has the same bits in every run.** The cubes of a head take [turns](crate::family::turns) at a query tile: in a window
+//! they come by in that order, elsewhere they follow each other at the distance of one addition. Tickets are given out in that order
+//! too, so that no cube waits for one that has not started. The first to come writes, the others add: nothing is zeroed before.
+//! Unordered, they add to zeros as they come.
 //!
 //! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
 //! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
@@ -39,7 +39,7 @@ use super::store::{Place, same_factor, store_rows};
 use crate::family::element::Numbers;
 use crate::family::listed::Lists;
 use crate::family::ptx::{global_address, ticket, value_of};
-use crate::family::turns::{KeyTile, all_steps_listed, key_tile};
+use crate::family::turns::{KeyTile, all_steps_listed, key_tile, query_tile_at};
 use crate::family::walk::{Step, query_band_step};
 use crate::score::ScoreCode;
 
@@ -135,9 +135,9 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
             let sums = global_address::<f32>(&*dq);
             let steps = steps_of(&own, tile, cfg);
             if comptime!(cfg.wide()) {
-                add_pieces(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
+                add_pieces(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, n, cfg);
             } else {
-                add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, scratch, n, cfg);
+                add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, n, cfg);
             }
         }
     } else if comptime!(cfg.wide()) {
@@ -300,7 +300,8 @@ pub(crate) fn step_at(
     if comptime!(cfg.listed) {
         told_step(lines, t, tile.j0, scratch, n)
     } else {
-        (query_band_step(tile.walk, t, tile.j0, tile.at, n, with_bias, comptime!(cfg.shape())), h)
+        let m = query_tile_at(tile, t);
+        (query_band_step(m, tile.j0, tile.at, n, with_bias, comptime!(cfg.shape())), h)
     }
 }
 

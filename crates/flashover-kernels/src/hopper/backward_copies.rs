@@ -13,7 +13,7 @@ use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start}
 use crate::family::element::Numbers;
 use crate::family::listed::{Lists, listing, next_listed};
 use crate::family::ptx::global_address;
-use crate::family::turns::{KeyTile, listed_head, place_of, turn_of};
+use crate::family::turns::{KeyTile, listed_head, place_of, query_tile_at, turn_of};
 
 /// Barriers of a cube. Keys and values arrive together; two of dq, for steps of either parity.
 #[derive(CubeType)]
@@ -100,7 +100,8 @@ pub(crate) fn copy_tiles<E: Float>(
     } else {
         for g in 0..tile.group {
             let h = tile.first_head + g;
-            for m in tile.walk.first..tile.walk.first + tile.walk.steps {
+            for t in 0..tile.walk.steps {
+                let m = query_tile_at(tile, t);
                 copy_queries::<E>(q, d_o, sq, sdo, all, &copies, &mut ring, tile, h, m, n, cfg);
             }
         }
@@ -183,7 +184,6 @@ pub(crate) fn add_up(
     adder: u32,
     steps: u32,
     lines: u32,
-    scratch: &[u32],
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
@@ -198,7 +198,7 @@ pub(crate) fn add_up(
         if comptime!(cfg.listed) {
             barrier_wait(full, parity);
         }
-        let due = due_at(step, tile, lines, scratch, n, cfg);
+        let due = due_at(step, tile, lines, n, cfg);
         let place = place_of(tile, due.head, due.m, n, cfg.bq);
         let counter = counters + (place as u64 + 1u64) * 4u64;
         let to = dq + place as u64 * comptime!(bytes as u64);
@@ -238,7 +238,6 @@ pub(crate) fn add_pieces(
     warpgroup: u32,
     steps: u32,
     lines: u32,
-    scratch: &[u32],
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
@@ -258,7 +257,7 @@ pub(crate) fn add_pieces(
         if comptime!(cfg.listed) {
             barrier_wait(full, parity);
         }
-        let due = due_at(step, tile, lines, scratch, n, cfg);
+        let due = due_at(step, tile, lines, n, cfg);
         let place = place_of(tile, due.head, due.m, n, cfg.bq);
         let counter = counters + (place as u64 + 1u64) * 4u64;
         let to = dq + place as u64 * comptime!((cfg.dq_elements() * size_of::<f32>()) as u64);
@@ -289,22 +288,15 @@ pub(crate) fn add_pieces(
 
 /// The query tile of a step, and the turn.
 #[cube]
-fn due_at(
-    step: u32,
-    tile: KeyTile,
-    lines: u32,
-    scratch: &[u32],
-    n: Numbers,
-    #[comptime] cfg: HopperBackwardConfig,
-) -> Due {
+fn due_at(step: u32, tile: KeyTile, lines: u32, n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> Due {
     if comptime!(cfg.listed) {
         told_due(lines, step, cfg)
     } else {
-        let (g, m) = (step / tile.walk.steps, tile.walk.first + step % tile.walk.steps);
+        let (g, m) = (step / tile.walk.steps, query_tile_at(tile, step % tile.walk.steps));
         if comptime!(cfg.unordered) {
             Due { head: tile.first_head + g, m, turn: 0u32.runtime() }
         } else {
-            Due { head: tile.first_head + g, m, turn: turn_of(tile, m, scratch, n, comptime!(cfg.shape())) }
+            Due { head: tile.first_head + g, m, turn: turn_of(tile, m, n, comptime!(cfg.shape())) }
         }
     }
 }

@@ -22,8 +22,8 @@
 //! - of a pair, when `dv` and `dk` have their own half: the partner's weights and `ds` are there;
 //! - of the warps with the same half of the queries, before `dq`: their `ds` is there, which together is that of all keys.
 //!
-//! **dq has the same bits in every run:** it is added to f32 in global memory, and the cubes of a head take turns at a query tile, the last
-//! key tile first; tickets are given out in that order, so that no cube waits for one that has not started. The first to come writes, the
+//! **dq has the same bits in every run:** it is added to f32 in global memory, and the cubes of a head take [turns](crate::family::turns) at a
+//! query tile; tickets are given out in that order, so that no cube waits for one that has not started. The first to come writes, the
 //! others add: nothing is zeroed before. A turn is passed on a step later, when what was added has long arrived, by the first unit alone:
 //! the barrier of all orders everyone's additions before its release, and a release covers whatever is ordered before it (PTX ISA, "Memory
 //! consistency model", causality order), so that no other unit needs a fence. It comes after `sᵀ`, whose products hide the wait.
@@ -245,7 +245,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
             let turn = if comptime!(of.listed) {
                 listed_turn
             } else {
-                turn_of(owned, step.i0 / comptime!(tile.cols as u32), scratch, n, tile.shape())
+                turn_of(owned, step.i0 / comptime!(tile.cols as u32), n, tile.shape())
             };
             added = counters + (place as u64 + 1u64) * 4u64;
             let early = turn_now(added);
