@@ -203,9 +203,6 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
     costs.push(model.around(tile, "statistics_hopper", read + 2 * model.statistic, bindings, units));
     costs.extend(model.list_steps(config.shape()));
-    if config.unordered {
-        costs.push(model.around(tile, "zero_hopper", 2 * model.q, 1, hopper::ROW_UNITS));
-    }
     let (shared, units) = (config.shared_bytes(), config.units());
     costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
     costs.push(model.around(tile, "finish_hopper", 3 * model.q, 3, hopper::ROW_UNITS));

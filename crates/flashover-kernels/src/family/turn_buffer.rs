@@ -1,4 +1,4 @@
-//! The buffer of a backward in one pass: the ticket counter, one for each query tile, and behind them, under a plan, the
+//! The buffer of a backward in one pass: the ticket counter, counters of query tiles, and behind them, under a plan, the
 //! [lists](super::listed) of steps.
 
 use cubecl::prelude::*;
@@ -25,9 +25,9 @@ pub(crate) struct TurnBuffer {
 }
 
 impl TurnBuffer {
-    /// Room for a problem with so many query tiles, and key tiles of `tile`. Nothing is written yet.
-    pub fn new(client: &Client, problem: &Problem, query_tiles: usize, tile: TileShape) -> Self {
-        let counters = query_tiles + 1;
+    /// Room for the ticket counter and so many more, and for the lists of a problem's key tiles of `tile`. Nothing is written yet.
+    pub fn new(client: &Client, problem: &Problem, counters: usize, tile: TileShape) -> Self {
+        let counters = counters + 1;
         let (at, (copies, each)) = (counters.div_ceil(LINE), lines(problem, tile));
         let words = DeviceTensor::empty(client, &[(at + copies * each) * LINE], u32::elem_type_native());
         TurnBuffer { words, counters, at, each }

@@ -1,13 +1,17 @@
 //! Which key tile a cube of a backward in one pass owns, the query tiles that it visits, and when it is its turn to add to the dq
 //! of one.
 //!
-//! **Without a plan** key tiles are given out from the first to the last, and each visits its queries from the last to the first.
-//! Under causal order those that visit most go first, so that what is left for the end is short; in a window each
-//! starts where the one before it has been. The cubes of a head come by a query tile in the order in which they start,
-//! but for the visible sinks: who visits all queries would keep all who visit a window waiting, so they come last.
+//! The cubes of a head come by a query tile in the order in which they start, so that none waits for one that has not started; visible
+//! sinks, who visit all queries and would keep all who visit a window waiting, start last. There are two orders:
 //!
-//! **Under a plan** it is the other way round, and the plan's [list](super::listed) tells: there nothing says which key tiles
-//! are sinks, and the first ones may be.
+//! - **Descending:** key tiles from the last to the first, each visits its queries from the first to the last. Under causal order those
+//!   that visit fewest start first, and each comes by long after the one before it: nobody waits.
+//! - **Ascending:** key tiles from the first to the last, each visits its queries from the last to the first. Under causal order those
+//!   that visit most start first, and all begin at the same query tile: they follow each other at the distance of an addition.
+//!
+//! What is given out last should be short, so the last section of heads is ascending. Before it that would make short
+//! cubes wait where a step is as long as two additions or less (docs/measurements.md has the times). Where nobody takes turns
+//! all sections are ascending; under a plan all are descending, since there nothing says which key tiles are sinks, and the first ones may be.
 
 use cubecl::prelude::*;
 
@@ -31,6 +35,8 @@ pub(crate) struct KeyTile {
     pub at: Head,
     /// The query tiles that see it, in each of the heads; not under a plan.
     pub walk: Walk,
+    /// In which order the key tiles of the head start.
+    pub ascending: bool,
     pub exists: bool,
 }
 
@@ -46,6 +52,7 @@ pub(crate) fn key_tile<E: Float>(
     #[comptime] with_bias: bool,
     #[comptime] shape: TileShape,
     #[comptime] listed: bool,
+    #[comptime] unordered: bool,
 ) -> KeyTile {
     let heads = n.batch * n.heads_kv;
     let tiles = n.seq_kv.div_ceil(comptime!(shape.rows as u32));
@@ -54,10 +61,8 @@ pub(crate) fn key_tile<E: Float>(
     let exists = first < heads;
     let wide = select(exists, min(section, heads - first), 1u32);
     let head = select(exists, first + rest % wide, 0u32);
-    let mut tile = 0u32.runtime();
-    if exists {
-        tile = if comptime!(listed) { tiles - 1 - rest / wide } else { tile_of_rank(rest / wide, tiles, n, shape) };
-    }
+    let ascending = comptime!(!listed) && (comptime!(unordered) || first + section >= heads);
+    let tile = select(exists, tile_of_rank(rest / wide, ascending, tiles, n, shape), 0u32);
     let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
     let first_head = key_head * group;
@@ -67,7 +72,7 @@ pub(crate) fn key_tile<E: Float>(
     if comptime!(!listed) {
         reach_queries(&mut walk, j0, at, n, shape);
     }
-    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, exists }
+    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, ascending, exists }
 }
 
 /// How many steps a key tile takes under a plan, in all heads of the group. `lines` is where the buffer of the lists starts.
@@ -106,16 +111,16 @@ fn sinks_of(tiles: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
     min(max(n.sinks, 0i32) as u32, tiles * comptime!(shape.rows as u32)).div_ceil(comptime!(shape.rows as u32))
 }
 
-/// Without a plan, the key tile of a head that is given out as number `rank`: in ascending order, sinks last.
+/// The key tile of a head that is given out as number `rank`.
 #[cube]
-fn tile_of_rank(rank: u32, tiles: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
-    (rank + sinks_of(tiles, n, shape)) % tiles
+fn tile_of_rank(rank: u32, ascending: bool, tiles: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
+    select(ascending, (rank + sinks_of(tiles, n, shape)) % tiles, tiles - 1 - rank % tiles)
 }
 
 /// Without a plan, query tile `t` of those that a key tile visits.
 #[cube]
 pub(crate) fn query_tile_at(owned: KeyTile, t: u32) -> u32 {
-    owned.walk.first + owned.walk.steps - 1 - t
+    owned.walk.first + select(owned.ascending, owned.walk.steps - 1 - t, t)
 }
 
 /// Without a plan, how many cubes add to query tile `m` before this one: those given out before it that visit it.
@@ -123,14 +128,19 @@ pub(crate) fn query_tile_at(owned: KeyTile, t: u32) -> u32 {
 pub(crate) fn turn_of(owned: KeyTile, m: u32, n: Numbers, #[comptime] shape: TileShape) -> u32 {
     let mut seen = no_walk();
     reach_keys(&mut seen, m * comptime!(shape.cols as u32), owned.at, n, comptime!(shape.turned()));
-    let sinks = sinks_of(n.seq_kv.div_ceil(comptime!(shape.rows as u32)), n, shape);
-    let band = max(seen.first, sinks);
-    if owned.tile < sinks {
-        // Between sinks and band there may be a gap.
-        let gap = select(owned.tile < seen.sink_tiles, 0u32, seen.first - seen.sink_tiles);
-        max(seen.first + seen.steps - seen.sink_tiles, band) - band + owned.tile - gap
+    let end = seen.first + seen.steps - seen.sink_tiles;
+    if owned.ascending {
+        let sinks = sinks_of(n.seq_kv.div_ceil(comptime!(shape.rows as u32)), n, shape);
+        let band = max(seen.first, sinks);
+        if owned.tile < sinks {
+            // Between sinks and band there may be a gap.
+            let gap = select(owned.tile < seen.sink_tiles, 0u32, seen.first - seen.sink_tiles);
+            max(end, band) - band + owned.tile - gap
+        } else {
+            owned.tile - band
+        }
     } else {
-        owned.tile - band
+        select(owned.tile < seen.sink_tiles, seen.steps, end) - 1 - owned.tile
     }
 }
 
@@ -197,15 +207,15 @@ mod tests {
     const SHAPE: TileShape = TileShape { rows: 8, cols: 4 };
 
     /// The key tiles of a head in the order of their tickets.
-    fn given_out(n: Numbers, keys: i32) -> Vec<KeyTile> {
+    fn given_out(n: Numbers, keys: i32, ascending: bool) -> Vec<KeyTile> {
         let tiles = n.seq_kv.div_ceil(SHAPE.rows as u32);
         let at = Head { batch: 0, head: 0, keys, slope: 0.0, mask_at: 0, bias_at: 0 };
         let owned = |rank| {
-            let tile = tile_of_rank(rank, tiles, n, SHAPE);
+            let tile = tile_of_rank(rank, ascending, tiles, n, SHAPE);
             let j0 = tile * SHAPE.rows as u32;
             let mut walk = no_walk();
             reach_queries(&mut walk, j0, at, n, SHAPE);
-            KeyTile { batch: 0, key_head: 0, first_head: 0, group: 1, tile, j0, at, walk, exists: true }
+            KeyTile { batch: 0, key_head: 0, first_head: 0, group: 1, tile, j0, at, walk, ascending, exists: true }
         };
         (0..tiles).map(owned).collect()
     }
@@ -231,12 +241,14 @@ mod tests {
             ] {
                 let extent = Extent { batch: 1, heads: 1, seq_q, seq_kv };
                 let n = numbers(extent, Band { causal, left, right, sinks });
-                for keys in [seq_kv as i32, seq_kv as i32 / 2, 1, 0] {
-                    let tiles = given_out(n, keys);
+                for (keys, ascending) in
+                    [seq_kv as i32, seq_kv as i32 / 2, 1, 0].map(|keys| [(keys, false), (keys, true)]).concat()
+                {
+                    let tiles = given_out(n, keys, ascending);
                     for m in 0..seq_q.div_ceil(SHAPE.cols as u32) {
                         let visitors = tiles.iter().filter(|&&owned| visited(owned).contains(&m));
                         for (turn, &owned) in visitors.enumerate() {
-                            let context = (seq_q, seq_kv, causal, left, right, sinks, keys, m, owned.tile);
+                            let context = (seq_q, seq_kv, causal, left, right, sinks, keys, ascending, m, owned.tile);
                             assert_eq!(turn_of(owned, m, n, SHAPE), turn as u32, "{context:?}");
                             visits += 1;
                         }
@@ -244,19 +256,21 @@ mod tests {
                 }
             }
         }
-        assert!(visits > 4000, "{visits}");
+        assert!(visits > 8000, "{visits}");
     }
 
     #[test]
     fn who_visits_most_starts_first_and_sinks_last() {
         let extent = Extent { batch: 1, heads: 1, seq_q: 96, seq_kv: 96 };
         let causal = Band { causal: true, ..Band::default() };
-        let steps = |band: Band| given_out(numbers(extent, band), 96).iter().map(|tile| tile.walk.steps).collect();
-        let falling: Vec<u32> = steps(causal);
-        assert_eq!(falling, [24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2]);
-        let window: Vec<u32> = steps(Band { left: 7, sinks: 3, ..causal });
-        assert_eq!(window, [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 24]);
-        let last = given_out(numbers(extent, Band { left: 7, sinks: 3, ..causal }), 96)[0];
-        assert_eq!(visited(last), [5, 4, 3, 2]);
+        let tiles = |band: Band, ascending| given_out(numbers(extent, band), 96, ascending);
+        let steps = |tiles: &[KeyTile]| tiles.iter().map(|tile| tile.walk.steps).collect::<Vec<u32>>();
+        assert_eq!(steps(&tiles(causal, true)), [24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2]);
+        assert_eq!(steps(&tiles(causal, false)), [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]);
+        let window = Band { left: 7, sinks: 3, ..causal };
+        assert_eq!(steps(&tiles(window, true)), [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 24]);
+        assert_eq!(steps(&tiles(window, false)), [2, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 24]);
+        assert_eq!(visited(tiles(window, true)[0]), [5, 4, 3, 2]);
+        assert_eq!(visited(tiles(window, false)[1]), [20, 21, 22, 23]);
     }
 }

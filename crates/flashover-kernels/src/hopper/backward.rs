@@ -14,7 +14,7 @@
 //! **dq has the same bits in every run.** The cubes of a head take [turns](crate::family::turns) at a query tile: in a window
 //! they come by in that order, elsewhere they follow each other at the distance of one addition. Tickets are given out in that order
 //! too, so that no cube waits for one that has not started. The first to come writes, the others add: nothing is zeroed before.
-//! Unordered, they add to zeros as they come.
+//! Unordered, they add as they come, once the first has written.
 //!
 //! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
 //! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
@@ -22,7 +22,7 @@
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, add_pieces, add_up, copy_tiles};
+use super::backward_copies::{Barriers, add_pieces, add_up, copy_keys, copy_tiles};
 use super::backward_messages::{LINE, LINES, told_step};
 use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, weights_of};
 use super::backward_wide::consume;
@@ -47,7 +47,7 @@ use crate::score::ScoreCode;
 const WARPS: u32 = 8;
 
 /// One cube a key tile and key head. `statistics` holds for each query head and query tile `−lse` in logarithms of base 2 and
-/// `delta`; `turns` the ticket counter and, for each query head and query tile, how many cubes have added to `dq`, which
+/// `delta`; `turns` the ticket counter and, for each query head, query tile and unit that adds, how many cubes have added to `dq`, which
 /// is in the order of threads (see [`finish_kernel`](super::backward_rows::finish_kernel)); behind them the `lists` of steps,
 /// under a plan.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -107,15 +107,38 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let counters = global_address::<u32>(&*turns);
     if UNIT_POS == 0 {
         own[dealt] = ticket(counters);
+        let tile = key_tile::<E>(
+            own[dealt],
+            section,
+            scratch,
+            bias,
+            n,
+            with_bias,
+            comptime!(cfg.shape()),
+            cfg.listed,
+            cfg.unordered,
+        );
+        // On their way while the steps are looked up.
+        if tile.exists {
+            copy_keys::<E>(k, v, &mut sk, &mut sv, &all, tile, cfg);
+        }
         if comptime!(cfg.listed) {
-            let tile =
-                key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed);
             own[comptime!(LINES * LINE)] =
                 all_steps_listed::<E>(tile, counters, lists, scratch, n, comptime!(cfg.shape()));
         }
     }
     sync_cube();
-    let tile = key_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed);
+    let tile = key_tile::<E>(
+        own[dealt],
+        section,
+        scratch,
+        bias,
+        n,
+        with_bias,
+        comptime!(cfg.shape()),
+        cfg.listed,
+        cfg.unordered,
+    );
     if !tile.exists {
         terminate!();
     }
@@ -124,11 +147,15 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
         let some = has_steps(&own, tile, cfg);
-        if UNIT_POS == 0 && some {
-            copy_tiles::<E>(
-                q, k, v, d_o, statistics, &mut sq, &mut sk, &mut sv, &mut sdo, &rows, &all, tile, lines, counters,
-                lists, scratch, n, cfg,
-            );
+        if UNIT_POS == 0 {
+            if some {
+                copy_tiles::<E>(
+                    q, d_o, statistics, &mut sq, &mut sdo, &rows, &all, tile, lines, counters, lists, scratch, n, cfg,
+                );
+            } else {
+                // The cube's memory must not be given up before.
+                barrier_wait(barrier_address(&all.kv_full[0]), 0u32);
+            }
         }
         // Two units take the steps in turns, or for large head dimensions have a warpgroup each: one waits until what it added has arrived while the other adds.
         if UNIT_POS == 32 || UNIT_POS == 64 {

@@ -144,6 +144,11 @@ impl HopperBackwardConfig {
         (self.dq_pieces() + 1 - warpgroup) / CONSUMERS
     }
 
+    /// Units of a cube that add to a query tile, each with a counter of its own.
+    pub(crate) const fn counters(&self) -> usize {
+        if self.wide() && self.wide_pieces(1) > 0 { CONSUMERS } else { 1 }
+    }
+
     /// Floats in shared memory that consumers write: dq, and for large head dimensions the weights that one hands the other.
     pub(crate) const fn written_floats(&self) -> usize {
         if self.wide() { CONSUMERS * self.bq * PIECE + self.score_elements() } else { self.dq_elements() }

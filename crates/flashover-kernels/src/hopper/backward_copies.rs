@@ -6,7 +6,10 @@ use cubecl::prelude::*;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_messages::{Due, tell_step, told_due};
 use super::backward_scores::Statistics;
-use super::bulk::{barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, turn_pass, turn_wait};
+use super::bulk::{
+    WRITTEN, barrier_expect, bulk_add, bulk_load, bulk_store, bulk_wait, bulk_wait_read, come_by, fence_shared,
+    turn_pass, turn_wait,
+};
 use super::config::PIECE;
 use super::ptx::{barrier_address, barrier_arrive, barrier_wait, shared_address};
 use super::ring::{Ring, address_at, addresses, advance, copy_pieces, ring_start};
@@ -39,18 +42,33 @@ struct Copies {
     statistics: u64,
 }
 
-/// Copies the keys and values, and query tile after query tile with the gradients of outputs and the statistics. Under a plan
+/// Copies the keys and values, by the unit that initialized the barriers, which others need not have seen yet.
+#[cube]
+pub(crate) fn copy_keys<E: Float>(
+    k: &TensorMap<E, Tiled>,
+    v: &TensorMap<E, Tiled>,
+    sk: &mut Shared<[E]>,
+    sv: &mut Shared<[E]>,
+    all: &Barriers,
+    tile: KeyTile,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    let [k_len, v_len, _, _] = comptime!(cfg.elements());
+    fence_shared();
+    let barrier = &all.kv_full[0];
+    barrier.arrive_and_expect_tx(1u32, comptime!(2 * (k_len + v_len) as u32));
+    copy_pieces::<E>(k, sk, barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, cfg.bk());
+    copy_pieces::<E>(v, sv, barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, cfg.bk());
+}
+
+/// Copies query tile after query tile with the gradients of outputs and the statistics. Under a plan
 /// it reads the [list](crate::family::listed) of steps from the buffer that starts at `counters`, and tells of each at `lines`.
 #[cube]
 pub(crate) fn copy_tiles<E: Float>(
     q: &TensorMap<E, Tiled>,
-    k: &TensorMap<E, Tiled>,
-    v: &TensorMap<E, Tiled>,
     d_o: &TensorMap<E, Tiled>,
     statistics: &[f32],
     sq: &mut Shared<[E]>,
-    sk: &mut Shared<[E]>,
-    sv: &mut Shared<[E]>,
     sdo: &mut Shared<[E]>,
     rows: &Statistics,
     all: &Barriers,
@@ -63,11 +81,6 @@ pub(crate) fn copy_tiles<E: Float>(
     #[comptime] cfg: HopperBackwardConfig,
 ) {
     let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
-    let [k_len, v_len, _, _] = comptime!(cfg.elements());
-    let kv_barrier = &all.kv_full[0];
-    kv_barrier.arrive_and_expect_tx(1u32, comptime!(2 * (k_len + v_len) as u32));
-    copy_pieces::<E>(k, sk, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, k_len, cfg.bk());
-    copy_pieces::<E>(v, sv, kv_barrier, 0usize, tile.batch, tile.key_head, tile.j0, v_len, cfg.bk());
     let copies = Copies {
         q_free: addresses(&all.q_free, stages),
         do_free: addresses(&all.do_free, do_stages),
@@ -200,34 +213,27 @@ pub(crate) fn add_up(
         }
         let due = due_at(step, tile, lines, n, cfg);
         let place = place_of(tile, due.head, due.m, n, cfg.bq);
-        let counter = counters + (place as u64 + 1u64) * 4u64;
+        let counter = counter_at(counters, place, 0u32, cfg);
         let to = dq + place as u64 * comptime!(bytes as u64);
         if comptime!(!cfg.listed) {
             barrier_wait(full, parity);
         }
         parity ^= 1u32;
-        if comptime!(!cfg.unordered) {
-            turn_wait(counter, due.turn);
-        }
-        if comptime!(cfg.unordered) {
-            bulk_add(to, dq_at, bytes);
-        } else if due.turn == 0 {
+        let first = wait_for_place(counter, due.turn, cfg);
+        if first {
             bulk_store(to, dq_at, bytes);
         } else {
             bulk_add(to, dq_at, bytes);
         }
         bulk_wait_read();
         barrier_arrive(free, true);
-        if comptime!(!cfg.unordered) {
-            bulk_wait();
-            turn_pass(counter);
-        }
+        give_place(counter, first, cfg);
         step += 2;
     }
 }
 
 /// Adds the pieces of dq that a warpgroup has, every other of the head dimension, in every step, when it is the cube's turn, or in any
-/// order. A turn has passed when all units that add have had it.
+/// order.
 #[cube]
 pub(crate) fn add_pieces(
     sdq: &Shared<[Vector<f32, Const<4>>]>,
@@ -248,7 +254,6 @@ pub(crate) fn add_pieces(
     let from = dq_at + warpgroup * bytes;
     let [even, odd] = comptime!([cfg.wide_pieces(0) as u32, cfg.wide_pieces(1) as u32]);
     let pieces = select(warpgroup == 0, even, odd);
-    let adders = comptime!(1 + (cfg.wide_pieces(1) > 0) as u32);
     let steps = select(pieces > 0, steps, 0u32);
     let mut parity = 0u32;
     let mut step = 0u32;
@@ -259,18 +264,14 @@ pub(crate) fn add_pieces(
         }
         let due = due_at(step, tile, lines, n, cfg);
         let place = place_of(tile, due.head, due.m, n, cfg.bq);
-        let counter = counters + (place as u64 + 1u64) * 4u64;
+        let counter = counter_at(counters, place, warpgroup, cfg);
         let to = dq + place as u64 * comptime!((cfg.dq_elements() * size_of::<f32>()) as u64);
-        if comptime!(!cfg.unordered) {
-            turn_wait(counter, due.turn * adders);
-        }
+        let first = wait_for_place(counter, due.turn, cfg);
         for x in 0..pieces {
             barrier_wait(full, parity);
             parity ^= 1u32;
             let piece = to + ((2 * x + warpgroup) * bytes) as u64;
-            if comptime!(cfg.unordered) {
-                bulk_add(piece, from, comptime!(bytes as usize));
-            } else if due.turn == 0 {
+            if first {
                 bulk_store(piece, from, comptime!(bytes as usize));
             } else {
                 bulk_add(piece, from, comptime!(bytes as usize));
@@ -278,11 +279,39 @@ pub(crate) fn add_pieces(
             bulk_wait_read();
             barrier_arrive(free, true);
         }
-        if comptime!(!cfg.unordered) {
-            bulk_wait();
-            turn_pass(counter);
-        }
+        give_place(counter, first, cfg);
         step += 1;
+    }
+}
+
+/// The counter of who has come by at a query tile, of one of the units that add to it.
+#[cube]
+fn counter_at(counters: u64, place: u32, adder: u32, #[comptime] cfg: HopperBackwardConfig) -> u64 {
+    counters + (place as u64 * comptime!(cfg.counters() as u64) + adder as u64 + 1u64) * 4u64
+}
+
+/// Waits until the cube may add to a query tile, and tells whether it is the first, who writes.
+#[cube]
+fn wait_for_place(counter: u64, turn: u32, #[comptime] cfg: HopperBackwardConfig) -> bool {
+    if comptime!(cfg.unordered) {
+        come_by(counter)
+    } else {
+        turn_wait(counter, turn);
+        turn == 0
+    }
+}
+
+/// Lets those add who may wait for it.
+#[cube]
+fn give_place(counter: u64, first: bool, #[comptime] cfg: HopperBackwardConfig) {
+    if comptime!(cfg.unordered) {
+        if first {
+            bulk_wait();
+            turn_pass(counter, WRITTEN);
+        }
+    } else {
+        bulk_wait();
+        turn_pass(counter, 1u32);
     }
 }
 

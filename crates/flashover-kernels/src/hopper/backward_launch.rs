@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::backward::backward_kernel;
 use super::backward_config::HopperBackwardConfig;
-use super::backward_rows::{finish_kernel, statistics_kernel, zero_kernel};
+use super::backward_rows::{finish_kernel, statistics_kernel};
 use super::checks::{check_backward, reads_in_place};
 use super::launch::{fours, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
@@ -53,7 +53,7 @@ pub fn backward(
     let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
     let float = f32::elem_type_native();
     let statistics = DeviceTensor::empty(client, &[query_tiles * cfg.statistics() * cfg.bq], float);
-    let turns = TurnBuffer::new(client, problem, if cfg.unordered { 0 } else { query_tiles }, cfg.shape());
+    let turns = TurnBuffer::new(client, problem, query_tiles * cfg.counters(), cfg.shape());
     let Outputs { o, lse, dlse, .. } = outputs;
     let bound = [o, &rest, d_o, lse, &statistics, &turns.words].into_iter().chain(dlse);
     let (bindings, address) = binding_facts(bound);
@@ -91,22 +91,6 @@ pub fn backward(
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
     let (dq, dk, dv) = (new(q), new(k), new(v));
     let sums = DeviceTensor::empty(client, &[query_tiles * cfg.dq_elements()], float);
-    if cfg.unordered {
-        let (bindings, address) = binding_facts([&sums].into_iter());
-        launcher.note("zero_hopper", &cfg, bindings, 0, ROW_UNITS);
-        let vectors = sums.elements() / 4;
-        // SAFETY: a unit tests its vector against how many the buffer was made for.
-        unsafe {
-            zero_kernel::launch_unchecked(
-                client,
-                launcher.cubes(vectors.div_ceil(ROW_UNITS)),
-                CubeDim::new_1d(ROW_UNITS as u32),
-                address,
-                BufferArg::from_raw_parts(sums.handle.clone(), vectors),
-                vectors,
-            );
-        }
-    }
     let bound = [q, k, v, d_o, &scratch, &statistics, &turns.words, &sums, &dk, &dv];
     let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());

@@ -80,22 +80,12 @@ pub(crate) fn statistics_kernel(
         if comptime!(!cfg.plain) {
             statistics[first + comptime!(2 * cfg.bq) + r] = f32::reinterpret(row_hash(head as u32, i as u32, n));
         }
-        if comptime!(!cfg.unordered) {
-            if r == 0 {
-                turns[tile + 1] = 0u32;
-            }
+        if r < cfg.counters() {
+            turns[tile * cfg.counters() + r + 1] = 0u32;
         }
         if unit == 0 {
             turns[0] = 0u32;
         }
-    }
-}
-
-/// Zeros to which cubes add without turns, a vector a unit.
-#[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn zero_kernel(sums: &mut [Vector<f32, Const<4>>], vectors: usize) {
-    if ABSOLUTE_POS < vectors {
-        sums[ABSOLUTE_POS] = Vector::<f32, Const<4>>::new(0.0f32);
     }
 }
 
@@ -119,8 +109,8 @@ pub(crate) fn finish_kernel(
         let (eight, piece) = (block % eights, block / eights % pieces);
         let tile = block / comptime!(eights * pieces);
         let (head, i0) = (tile / tiles, tile % tiles * cfg.bq);
-        // In turns, nobody has written where nobody came by.
-        let seen = if comptime!(cfg.unordered) { true.runtime() } else { turns[tile + 1] > 0 };
+        // Nobody has written where nobody came by.
+        let seen = turns[tile * cfg.counters() + 1] > 0;
         let first = block * 128 + w * 32 + c;
         let mut fours = Array::<Vector<f32, Const<4>>>::new(8usize);
         #[unroll]

@@ -1,4 +1,4 @@
-//! The copy engine in one dimension, and turns that cubes take at a place of global memory. PTX ISA 8.0, "cp.async.bulk",
+//! The copy engine in one dimension, and how cubes share a place of global memory: in turns, or in any order after the first. PTX ISA 8.0, "cp.async.bulk",
 //! "cp.reduce.async.bulk" and "Memory Consistency Model".
 
 use cubecl::prelude::*;
@@ -71,14 +71,32 @@ pub(crate) fn turn_wait(counter: u64, turn: u32) {
     );
 }
 
-/// Gives the turn to the next.
+/// Gives the turn to the next: adds `by` to a counter in global memory once what this unit wrote is visible.
 #[cube]
-pub(crate) fn turn_pass(counter: u64) {
+pub(crate) fn turn_pass(counter: u64, #[comptime] by: u32) {
     let counter = value_of::<u64>(counter);
     gpu_asm!(
-        "fence.proxy.async;\nred.release.gpu.global.add.u32 [{counter}], 1;",
+        "fence.proxy.async;\nred.release.gpu.global.add.u32 [{counter}], {by};",
         counter = in(_) counter,
     );
+}
+
+/// What the counter of a place grows by when who came by first [has written](turn_pass) there; those who come by are counted below it.
+pub(crate) const WRITTEN: u32 = 1 << 31;
+
+/// Counts who comes by a place in no order, and whether it is the first, who writes; others may add when this returns.
+#[cube]
+pub(crate) fn come_by(counter: u64) -> bool {
+    let at = value_of::<u64>(counter);
+    let before: u32;
+    gpu_asm!(
+        "atom.acquire.gpu.global.add.u32 {before}, [{at}], 1;\nfence.proxy.async;",
+        before = out(_) before, at = in(_) at,
+    );
+    if before != 0 && before < WRITTEN {
+        turn_wait(counter, WRITTEN.runtime());
+    }
+    before == 0
 }
 
 /// Writes four 8×8 matrices of 16-bit elements to shared memory, each transposed; `address` is that of a row of 16 bytes,

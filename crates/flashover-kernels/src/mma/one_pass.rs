@@ -77,7 +77,7 @@ pub(crate) fn one_pass_kernel<E: Float>(
         taken[0] = ticket(counters);
     }
     sync_cube();
-    let owned = key_tile::<E>(taken[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed);
+    let owned = key_tile::<E>(taken[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed, false);
     if !owned.exists {
         terminate!();
     }
