@@ -63,7 +63,8 @@ pub fn run(plan: &Plan, limit: Duration, report: &mut Report) -> Result<(), Stri
         let mut kernels = Kernels::new(name, choice, client.clone(), folder.clone());
         kernels.load(&spec)?;
         account.judge(&mut kernels, 2.0)?;
-        println!("{name}: {}", kernels.launches(Pass::ForwardBackward)?.join(", "));
+        let launches = kernels.launches(Pass::ForwardBackward)?;
+        println!("{name}: {}", launches.iter().map(|launch| launch.kernel).collect::<Vec<_>>().join(", "));
         ours.push(kernels);
     }
     standard.load(&spec)?;

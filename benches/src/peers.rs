@@ -336,7 +336,8 @@ impl Field<'_> {
                 // A family may leave a pass to another's kernels.
                 let launches = entrant.contestant.launches(pass)?;
                 if !launches.is_empty() && taken.contains(&launches) {
-                    let reason = format!("the kernels are another family's: {}", launches.join(", "));
+                    let names: Vec<&str> = launches.iter().map(|launch| launch.kernel).collect();
+                    let reason = format!("the kernels are another family's: {}", names.join(", "));
                     self.absent(report, name, pass.name(), reason)?;
                     continue;
                 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use flashover::kernels::launch_log::Launch;
 use flashover::kernels::problem::{Element, Problem};
 use serde::{Deserialize, Serialize};
 
@@ -115,8 +116,8 @@ pub trait Contestant {
     /// Milliseconds of so many calls in a row, waited for once.
     fn milliseconds(&mut self, pass: Pass, calls: usize) -> Result<f64, String>;
 
-    /// Names of the kernels that a pass launches, in order; none where nobody can tell.
-    fn launches(&self, _pass: Pass) -> Result<Vec<&'static str>, String> {
+    /// The kernels that a pass launches, in order; none where nobody can tell.
+    fn launches(&self, _pass: Pass) -> Result<Vec<Launch>, String> {
         Ok(Vec::new())
     }
 }

@@ -7,18 +7,19 @@ use std::time::Instant;
 
 use flashover::SparsePlan;
 use flashover::kernels::block_plan::BlockPlan;
+use flashover::kernels::cubecl;
 use flashover::kernels::cubecl::client::Client;
 use flashover::kernels::cubecl::future::block_on;
 use flashover::kernels::cubecl::prelude::*;
 use flashover::kernels::cubecl::server::Handle;
 use flashover::kernels::device::{DeviceLimits, DeviceTensor, KernelError, element_type};
 use flashover::kernels::family::Outputs;
+use flashover::kernels::launch_log::{self, Launch};
 use flashover::kernels::mask::Extent;
 use flashover::kernels::mma::MmaTile;
 use flashover::kernels::operands::{Gradients, Operands, Wanted};
 use flashover::kernels::problem::{Element, Problem};
 use flashover::kernels::select::{self, KernelChoice, Selection, select};
-use flashover::kernels::{cubecl, launch_log};
 
 use super::contestant::{Contestant, Pass, Spec, write_judged};
 use super::operands::{Folder, NAMES};
@@ -231,7 +232,7 @@ impl Contestant for Kernels {
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 
-    fn launches(&self, pass: Pass) -> Result<Vec<&'static str>, String> {
+    fn launches(&self, pass: Pass) -> Result<Vec<Launch>, String> {
         let call = self.call()?;
         let made = self.forward(call, true)?;
         let (ran, launches) = launch_log::listen(|| match pass {
@@ -239,6 +240,6 @@ impl Contestant for Kernels {
             Pass::Backward => self.backward(call, &made).map(drop),
             Pass::ForwardBackward => self.forward(call, true).and_then(|made| self.backward(call, &made).map(drop)),
         });
-        ran.map(|()| launches.into_iter().map(|launch| launch.kernel).collect())
+        ran.map(|()| launches)
     }
 }
