@@ -96,7 +96,8 @@ pub fn backward(
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
     let key_tiles = seq_kv.div_ceil(cfg.bk());
-    let section = if cfg.listed {
+    // Who takes turns waits less the more heads there are side by side; who does not needs no more than fill the device.
+    let section = if cfg.listed && !cfg.unordered {
         let q_heads = heads_q / heads_kv;
         let bytes = q_heads * seq_q * (2 * (cfg.head_dim + cfg.value_dim) + 4 * cfg.head_dim);
         launcher.listed_heads_side_by_side(bytes, batch * heads_kv)
