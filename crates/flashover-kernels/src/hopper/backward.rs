@@ -107,17 +107,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let counters = global_address::<u32>(&*turns);
     if UNIT_POS == 0 {
         own[dealt] = ticket(counters);
-        let tile = key_tile::<E>(
-            own[dealt],
-            section,
-            scratch,
-            bias,
-            n,
-            with_bias,
-            comptime!(cfg.shape()),
-            cfg.listed,
-            cfg.unordered,
-        );
+        let tile = dealt_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
         // On their way while the steps are looked up.
         if tile.exists {
             copy_keys::<E>(k, v, &mut sk, &mut sv, &all, tile, cfg);
@@ -128,17 +118,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         }
     }
     sync_cube();
-    let tile = key_tile::<E>(
-        own[dealt],
-        section,
-        scratch,
-        bias,
-        n,
-        with_bias,
-        comptime!(cfg.shape()),
-        cfg.listed,
-        cfg.unordered,
-    );
+    let tile = dealt_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
     if !tile.exists {
         terminate!();
     }
@@ -196,6 +176,20 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
         store_rows::<NV>(acc_v, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false);
     }
+}
+
+/// The key tile of the cube that has a ticket.
+#[cube]
+fn dealt_tile<E: Float>(
+    ticket: u32,
+    section: u32,
+    scratch: &[u32],
+    bias: ComptimeOption<&Tensor<E>>,
+    n: Numbers,
+    #[comptime] with_bias: bool,
+    #[comptime] cfg: HopperBackwardConfig,
+) -> KeyTile {
+    key_tile::<E>(ticket, section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed, cfg.unordered)
 }
 
 /// How many steps the cube takes.
