@@ -194,7 +194,7 @@ pub(super) fn list_keys(walk: &mut Walk, i0: u32, at: Head, scratch: &[u32], n: 
 
 /// The key tiles that position and key lengths let queries from `i0` on see.
 #[cube]
-pub(crate) fn reach_keys(walk: &mut Walk, i0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
+pub(super) fn reach_keys(walk: &mut Walk, i0: u32, at: Head, n: Numbers, #[comptime] tile: TileShape) {
     let bk = comptime!(tile.cols as i32);
     let a0 = position(i0, n);
     let a1 = position(min(i0 + comptime!(tile.rows as u32), n.seq_q) - 1, n);

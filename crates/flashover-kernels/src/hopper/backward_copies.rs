@@ -220,13 +220,7 @@ pub(crate) fn add_up(
         }
         parity ^= 1u32;
         let first = wait_for_place(counter, due.turn, cfg);
-        if first {
-            bulk_store(to, dq_at, bytes);
-        } else {
-            bulk_add(to, dq_at, bytes);
-        }
-        bulk_wait_read();
-        barrier_arrive(free, true);
+        write_or_add(to, dq_at, first, free, bytes);
         give_place(counter, first, cfg);
         step += 2;
     }
@@ -271,13 +265,7 @@ pub(crate) fn add_pieces(
             barrier_wait(full, parity);
             parity ^= 1u32;
             let piece = to + ((2 * x + warpgroup) * bytes) as u64;
-            if first {
-                bulk_store(piece, from, comptime!(bytes as usize));
-            } else {
-                bulk_add(piece, from, comptime!(bytes as usize));
-            }
-            bulk_wait_read();
-            barrier_arrive(free, true);
+            write_or_add(piece, from, first, free, comptime!(bytes as usize));
         }
         give_place(counter, first, cfg);
         step += 1;
@@ -299,6 +287,18 @@ fn wait_for_place(counter: u64, turn: u32, #[comptime] cfg: HopperBackwardConfig
         turn_wait(counter, turn);
         turn == 0
     }
+}
+
+/// Writes what consumers have, or adds it, and tells them that its place in shared memory is `free` again.
+#[cube]
+fn write_or_add(to: u64, from: u32, first: bool, free: u32, #[comptime] bytes: usize) {
+    if first {
+        bulk_store(to, from, bytes);
+    } else {
+        bulk_add(to, from, bytes);
+    }
+    bulk_wait_read();
+    barrier_arrive(free, true);
 }
 
 /// Lets those add who may wait for it.
