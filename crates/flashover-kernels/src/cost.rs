@@ -202,10 +202,11 @@ pub fn hopper_backward(problem: &Problem, config: HopperBackwardConfig, with_dls
     let read = 3 * model.o + model.statistic + dlse;
     let (bindings, units) = (6 + usize::from(with_dlse), hopper::ROW_UNITS);
     costs.push(model.around(tile, "statistics_hopper", read + 2 * model.statistic, bindings, units));
-    costs.extend(model.list_steps(config.shape()));
+    costs.extend(model.list_steps(config.shape(), !config.unordered));
     let (shared, units) = (config.shared_bytes(), config.units());
-    costs.push(model.one_pass(tile, "backward_hopper", 10, shared, units));
-    costs.push(model.around(tile, "finish_hopper", 3 * model.q, 3, hopper::ROW_UNITS));
+    let kernel = model.one_pass(tile, "backward_hopper", 11, shared, units);
+    // It ends dq itself, whose sums it finds in the second-level cache.
+    costs.push(Cost { hbm_bytes: kernel.hbm_bytes + model.q, ..kernel });
     costs
 }
 
@@ -221,7 +222,7 @@ pub fn mma_one_pass(problem: &Problem, of: OnePass, with_dlse: bool) -> Vec<Cost
     costs.push(model.small("row_statistics", 3 * model.statistic + dlse, 2 + usize::from(with_dlse), 0));
     let moved = 3 * model.o + 3 * model.statistic;
     costs.push(model.around(tile, "delta_mma", moved, 5, mma::ROW_UNITS));
-    costs.extend(model.list_steps(of.tile.shape()));
+    costs.extend(model.list_steps(of.tile.shape(), true));
     costs.push(model.one_pass(tile, "backward_mma", 9, of.shared_bytes(), of.tile.units()));
     costs.push(model.around(tile, "finish_mma", 3 * model.q, 3, mma::ROW_UNITS));
     costs
@@ -413,9 +414,9 @@ impl<'a> Model<'a> {
     }
 
     /// The kernel that lists the steps of every key tile, under a plan: read again by the one that takes them.
-    fn list_steps(&self, shape: TileShape) -> Option<Cost> {
+    fn list_steps(&self, shape: TileShape, ordered: bool) -> Option<Cost> {
         let plan = self.problem.plan?;
-        let moved = (plan.words * size_of::<u32>()) as u64 + 2 * list_bytes(self.problem, shape);
+        let moved = (plan.words * size_of::<u32>()) as u64 + 2 * list_bytes(self.problem, shape, ordered);
         Some(self.small(LIST_STEPS, moved, 2, 0))
     }
 

@@ -91,6 +91,22 @@ fn unordered_gradients_agree() {
     assert!(configs[2].contains("listed"), "{configs:?}");
 }
 
+/// Sections of heads of which the last is smaller, more works than cubes, and a dimension whose query tiles are half a plan's.
+#[test]
+fn backwards_in_sections_agree() {
+    let element = call().family.elements()[0];
+    // Two key tiles a head on four multiprocessors: two heads side by side; under a plan in order four.
+    let short = plain([1, 5, 5], [230, 190], DIMS, element);
+    let grouped = plain([1, 6, 3], [70, 500], [128, 128], element);
+    let launches = agree([Case::new(short.clone(), 94), Case::new(grouped, 95)], Call { twice: true, ..call() });
+    assert!(ran(&launches, "backward_hopper"));
+    let wide = plain([1, 5, 5], [400, 390], [128, 128], element);
+    let listed = [planned(short, 96, [128, 128]), planned(wide, 97, [128, 128])];
+    let launches = sparse_agree(listed, Call { twice: true, ..call() });
+    let configs = configs(&launches, "backward_hopper");
+    assert!(configs.iter().all(|config| config.ends_with("listed")), "{configs:?}");
+}
+
 #[test]
 fn the_backward_of_mma_agrees() {
     let case = of_dims(DIMS, call().family.elements()[0]);

@@ -111,6 +111,11 @@ impl Launcher<'_> {
         (ROOM / bytes.max(1)).max(4).min(self.multiprocessors()).clamp(1, heads)
     }
 
+    /// One cube a multiprocessor, each of which takes work after work, or one a work where there are fewer.
+    pub fn persistent_cubes(&self, works: usize) -> usize {
+        works.min(self.multiprocessors())
+    }
+
     fn multiprocessors(&self) -> usize {
         self.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
     }

@@ -6,7 +6,8 @@
 //! every tile. That takes searches in the plan's lists, for all steps at once in a launch of its own: in the cube that
 //! waits for a step they would cost more than the step.
 //!
-//! A list is lines of four words: one with the number of steps, then one a step.
+//! A list is lines of four words: one with the number of steps, then one a step. Without turns there is for each key head also a line a key tile, which
+//! says which one is dealt out as which: those that most blocks list come first.
 
 use cubecl::prelude::*;
 
@@ -24,15 +25,18 @@ const NOTHING: u32 = u32::MAX;
 /// Words of a line.
 pub(crate) const LINE: usize = 4;
 
-/// Lists of steps in a buffer: where the first starts, and how many lines those of a batch element take. In lines.
+/// Lists of steps in a buffer: where the first starts, how many lines those of a batch element take, and where the orders of key tiles start. In
+/// lines.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Lists {
     pub at: u32,
     pub each: u32,
+    pub orders: u32,
 }
 
-/// Writes the lists, a cube for each key tile of the plan's heads in each batch element; turns are 0 unless `ordered`.
+/// Writes the lists, a cube for each key tile of the plan's heads in each batch element; unless `ordered` turns are 0, and there are orders of
+/// key tiles.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn list_steps_kernel<E: Float>(
     scratch: &[u32],
@@ -71,7 +75,78 @@ pub(crate) fn list_steps_kernel<E: Float>(
             }
             e += CUBE_DIM;
         }
+        if comptime!(!ordered) {
+            let rank = rank_of(j, at, scratch, n, tile);
+            if UNIT_POS == 0 {
+                let mut line = Vector::<u32, Const<4>>::new(0u32);
+                line.insert(0usize, j);
+                lines[order_line(rank, at, lists, scratch, n, tile) as usize] = line;
+            }
+        }
     }
+}
+
+/// The line that says which key tile of a head's, or of its key head's, is dealt out as number `rank`.
+#[cube]
+fn order_line(rank: u32, at: Head, lists: Lists, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> u32 {
+    lists.orders + plane_of(at, scratch, n) * n.seq_kv.div_ceil(comptime!(tile.rows as u32)) + rank
+}
+
+/// Which key tile is dealt out as number `rank` of the key head whose first query head is `at`; the buffer starts at `lines`.
+#[cube]
+pub(crate) fn ranked_tile(
+    rank: u32,
+    at: Head,
+    lines: u64,
+    lists: Lists,
+    scratch: &[u32],
+    n: Numbers,
+    #[comptime] tile: TileShape,
+) -> u32 {
+    load_global_16(lines + order_line(rank, at, lists, scratch, n, tile) as u64 * 16u64).extract(0usize)
+}
+
+/// How many key tiles of a head come before key tile `j`: those that more blocks list, and of as many those before it. By all units of a
+/// cube of two planes; unit 0 has the sum.
+#[cube]
+fn rank_of(j: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> u32 {
+    let tiles = n.seq_kv.div_ceil(comptime!(tile.rows as u32));
+    let own = blocks_of(j, at, scratch, n, tile);
+    let mut before = 0u32;
+    let mut other = UNIT_POS;
+    while other < tiles {
+        let blocks = blocks_of(other, at, scratch, n, tile);
+        before += u32::cast_from(blocks > own || (blocks == own && other < j));
+        other += CUBE_DIM;
+    }
+    let mut sums = Shared::<[u32]>::new_slice(2usize);
+    let mut distance = 16u32;
+    while distance > 0 {
+        before += plane_shuffle_xor(before, distance);
+        distance /= 2u32;
+    }
+    if UNIT_POS.is_multiple_of(32u32) {
+        sums[(UNIT_POS / 32) as usize] = before;
+    }
+    sync_cube();
+    sums[0] + sums[1]
+}
+
+/// How many blocks list a key tile, in all heads that the plan has for its key head, of which `at` is one.
+#[cube]
+fn blocks_of(j: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: TileShape) -> u32 {
+    let columns = scratch[n.plan_at + header::KEY_TILES];
+    let group = select(scratch[n.plan_at + header::HEADS] == 1, 1u32, n.heads_q / n.heads_kv);
+    let starts = n.plan_at + scratch[n.plan_at + header::COLUMN_STARTS] as usize;
+    let column = j * comptime!(tile.rows as u32) / scratch[n.plan_at + header::BK];
+    let first = plane_of(at, scratch, n) / group * group;
+    let mut blocks = 0u32;
+    for plane in first..first + group {
+        let here = starts + 2 * (plane * columns + column) as usize;
+        let (full, partial, end) = (scratch[here], scratch[here + 1], scratch[here + 2]);
+        blocks += partial - full + (end - partial) / 2u32;
+    }
+    blocks
 }
 
 /// What all steps of a key tile have in common.
@@ -189,7 +264,8 @@ pub(super) fn list_of(
 pub(crate) struct Listing {
     /// Where the line after the next lies.
     address: u64,
-    left: u32,
+    /// Steps that are still to come.
+    pub left: u32,
     row_words: u32,
     /// The next step's.
     line: Vector<u32, Const<4>>,

@@ -81,12 +81,21 @@ pub(crate) fn load_shared_16(address: u32, #[comptime] offset: usize) -> Vector<
     out
 }
 
-/// Reads 16 bytes that an earlier launch wrote.
+/// Reads 16 bytes of global memory.
 #[cube]
 pub(crate) fn load_global_16(address: u64) -> Vector<u32, Const<4>> {
     let address = value_of::<u64>(address);
     let out: Vector<u32, Const<4>>;
     gpu_asm!("ld.global.v4.b32 {out}, [{address}];", out = out(_) out, address = in(_) address);
+    out
+}
+
+/// Reads a word of global memory.
+#[cube]
+pub(crate) fn load_global_4(address: u64) -> u32 {
+    let address = value_of::<u64>(address);
+    let out: u32;
+    gpu_asm!("ld.global.b32 {out}, [{address}];", out = out(_) out, address = in(_) address);
     out
 }
 

@@ -1,5 +1,5 @@
 //! The buffer of a backward in one pass: the ticket counter, counters of query tiles, and behind them, under a plan, the
-//! [lists](super::listed) of steps.
+//! [lists](super::listed) of steps and, without turns, the orders of key tiles.
 
 use cubecl::prelude::*;
 
@@ -22,23 +22,35 @@ pub(crate) struct TurnBuffer {
     /// The first line of lists, and how many lines those of a batch element take.
     at: usize,
     each: usize,
+    /// The first line of orders.
+    orders: usize,
+    ordered: bool,
 }
 
 impl TurnBuffer {
-    /// Room for the ticket counter and so many more, and for the lists of a problem's key tiles of `tile`. Nothing is written yet.
-    pub fn new(client: &Client, problem: &Problem, counters: usize, tile: TileShape) -> Self {
+    /// Room for the ticket counter and so many more, and for the lists of a problem's key tiles of `tile`. Cubes take turns if
+    /// `ordered`. Nothing is written yet.
+    pub fn new(client: &Client, problem: &Problem, counters: usize, tile: TileShape, ordered: bool) -> Self {
         let counters = counters + 1;
         let (at, (copies, each)) = (counters.div_ceil(LINE), lines(problem, tile));
-        let words = DeviceTensor::empty(client, &[(at + copies * each) * LINE], u32::elem_type_native());
-        TurnBuffer { words, counters, at, each }
+        let orders = at + copies * each;
+        let lines = orders + order_lines(problem, tile, ordered);
+        TurnBuffer {
+            words: DeviceTensor::empty(client, &[lines * LINE], u32::elem_type_native()),
+            counters,
+            at,
+            each,
+            orders,
+            ordered,
+        }
     }
 
     /// What the backward is told of the lists.
     pub fn lists(&self) -> ListsLaunch {
-        ListsLaunch::new(self.at as u32, self.each as u32)
+        ListsLaunch::new(self.at as u32, self.each as u32, self.orders as u32)
     }
 
-    /// Lists the steps of every key tile, if the problem has a plan; with turns, if they are `ordered`.
+    /// Lists the steps of every key tile, if the problem has a plan; with turns, if cubes take them.
     pub fn list_steps(
         &self,
         launcher: &Launcher,
@@ -47,7 +59,6 @@ impl TurnBuffer {
         layout: &Layout,
         elem: ElemType,
         tile: TileShape,
-        ordered: bool,
     ) {
         let Some(plan) = problem.plan else { return };
         let (bindings, address) = binding_facts([scratch, &self.words].into_iter());
@@ -66,7 +77,7 @@ impl TurnBuffer {
                 numbers(problem, layout),
                 self.lists(),
                 problem.bias.is_some(),
-                ordered,
+                self.ordered,
                 tile,
                 elem,
             );
@@ -83,10 +94,16 @@ fn lines(problem: &Problem, tile: TileShape) -> (usize, usize) {
     (copies, plan.column_words * tiles + batch * heads * problem.seq_kv.div_ceil(tile.rows))
 }
 
-/// Bytes of the lists of a problem under a plan.
-pub(crate) fn list_bytes(problem: &Problem, tile: TileShape) -> u64 {
+/// Lines of orders: one for each key tile in every plane of the plan, if there are no turns.
+fn order_lines(problem: &Problem, tile: TileShape, ordered: bool) -> usize {
+    let Some(plan) = problem.plan.filter(|_| !ordered) else { return 0 };
+    plan.planes.iter().product::<usize>() * problem.seq_kv.div_ceil(tile.rows)
+}
+
+/// Bytes of the lists and orders of a problem under a plan.
+pub(crate) fn list_bytes(problem: &Problem, tile: TileShape, ordered: bool) -> u64 {
     let (copies, each) = lines(problem, tile);
-    (copies * each * LINE * size_of::<u32>()) as u64
+    ((copies * each + order_lines(problem, tile, ordered)) * LINE * size_of::<u32>()) as u64
 }
 
 #[cfg(test)]
@@ -114,7 +131,7 @@ mod tests {
                 let scratch: Vec<u32> = core::iter::once(0).chain(plan.to_words()).collect();
                 let n = numbers(Extent { batch: 2, heads: 2, ..extent }, Band::default());
                 let (copies, each) = lines(&problem, tile);
-                let lists = Lists { at: 3, each: each as u32 };
+                let lists = Lists { at: 3, each: each as u32, orders: 0 };
                 let mut taken = vec![false; copies * each];
                 for (batch, head) in (0..2).flat_map(|b| (0..plan.heads()).map(move |h| (b, h))) {
                     for j in 0..seq_kv.div_ceil(tile.rows as u32) {

@@ -12,6 +12,7 @@
 //! What is given out last should be short, so the last section of heads is ascending. Before it that would make short
 //! cubes wait where a step is as long as two additions or less (docs/measurements.md has the times). Where nobody takes turns
 //! all sections are ascending; under a plan all are descending, since there nothing says which key tiles are sinks, and the first ones may be.
+//! Under a plan without turns those that visit most start first, as the [lists](super::listed) say.
 
 use cubecl::prelude::*;
 
@@ -40,29 +41,52 @@ pub(crate) struct KeyTile {
     pub exists: bool,
 }
 
-/// The key tile of a ticket: in sections of `section` heads, which are worked on side by side, tile by tile of all of them.
+/// A key tile as it is dealt out: which of all key heads, the how many-th of that head, and which one that is.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Dealt {
+    pub head: u32,
+    pub rank: u32,
+    pub tile: u32,
+    pub ascending: bool,
+    pub exists: bool,
+}
+
+/// The key tile of a ticket, if there is one: in sections of `section` heads, which are worked on side by side, tile by tile of all of them.
 /// Cubes of a head then start as far apart as they must follow each other.
 #[cube]
-pub(crate) fn key_tile<E: Float>(
+pub(crate) fn dealt(
     ticket: u32,
     section: u32,
+    n: Numbers,
+    #[comptime] shape: TileShape,
+    #[comptime] listed: bool,
+    #[comptime] unordered: bool,
+) -> Dealt {
+    let heads = n.batch * n.heads_kv;
+    let tiles = n.seq_kv.div_ceil(comptime!(shape.rows as u32));
+    let (first, rest) = (ticket / (section * tiles) * section, ticket % (section * tiles));
+    // Whoever finds no tile left has drawn a ticket too many.
+    let exists = ticket < heads * tiles;
+    let wide = select(exists, min(section, max(heads, first) - first), 1u32);
+    let head = select(exists, first + rest % wide, 0u32);
+    let rank = select(exists, rest / wide, 0u32);
+    let ascending = comptime!(!listed) && (comptime!(unordered) || first + section >= heads);
+    Dealt { head, rank, tile: tile_of_rank(rank, ascending, tiles, n, shape), ascending, exists }
+}
+
+/// The key tile that was dealt out.
+#[cube]
+pub(crate) fn key_tile<E: Float>(
+    dealt: Dealt,
     scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] shape: TileShape,
     #[comptime] listed: bool,
-    #[comptime] unordered: bool,
 ) -> KeyTile {
-    let heads = n.batch * n.heads_kv;
-    let tiles = n.seq_kv.div_ceil(comptime!(shape.rows as u32));
-    let (first, rest) = (ticket / (section * tiles) * section, ticket % (section * tiles));
-    // The grid may have more cubes than there are tiles.
-    let exists = first < heads;
-    let wide = select(exists, min(section, heads - first), 1u32);
-    let head = select(exists, first + rest % wide, 0u32);
-    let ascending = comptime!(!listed) && (comptime!(unordered) || first + section >= heads);
-    let tile = select(exists, tile_of_rank(rest / wide, ascending, tiles, n, shape), 0u32);
+    let Dealt { head, tile, ascending, exists, .. } = dealt;
     let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
     let first_head = key_head * group;
@@ -257,6 +281,24 @@ mod tests {
             }
         }
         assert!(visits > 8000, "{visits}");
+    }
+
+    /// Tickets that are left over get none, wherever the last section ends.
+    #[test]
+    fn every_key_tile_is_dealt_once() {
+        for (heads, section) in [(5, 2), (16, 5), (3, 3), (4, 1), (7, 6)] {
+            let extent = Extent { batch: 1, heads, seq_q: 41, seq_kv: 83 };
+            let n = numbers(extent, Band { causal: true, ..Band::default() });
+            let tiles = n.seq_kv.div_ceil(SHAPE.rows as u32);
+            let mut taken = vec![false; (heads * tiles) as usize];
+            for ticket in 0..heads * tiles + 200 {
+                let Dealt { head, tile, exists, .. } = dealt(ticket, section, n, SHAPE, false, false);
+                assert_eq!(exists, ticket < heads * tiles, "{ticket}");
+                if exists {
+                    assert!(!core::mem::replace(&mut taken[(head * tiles + tile) as usize], true), "{ticket}");
+                }
+            }
+        }
     }
 
     #[test]

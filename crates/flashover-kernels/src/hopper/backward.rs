@@ -16,40 +16,44 @@
 //! too, so that no cube waits for one that has not started. The first to come writes, the others add: nothing is zeroed before.
 //! Unordered, they add as they come, once the first has written.
 //!
+//! **A cube takes [work after work](super::backward_works).** The unit that copies finds the next key tile while this one's last steps are
+//! computed; its keys and values are on their way as soon as the last products with those before are done. Queries, gradients of outputs
+//! and parts of dq go through their rings from one key tile to the next.
+//!
 //! **Under a block plan** a launch before this one [lists](crate::family::listed) every cube's steps. The unit that copies reads its list and tells the
 //! others of each step. Those before a cube at a query tile are the listed key tiles that come later, whose tickets are earlier.
 
 use cubecl::prelude::*;
 
+use super::backward_adds::add_works;
 use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, add_pieces, add_up, copy_keys, copy_tiles};
-use super::backward_messages::{LINE, LINES, told_step};
+use super::backward_copies::copy_works;
+use super::backward_gates::{Gate, gate_at, gate_of, gates};
+use super::backward_messages::{Told, step_lines, told_step, told_work};
 use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, weights_of};
 use super::backward_wide::consume;
+use super::backward_works::{end_queries, kind};
 use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_address, barrier_arrive, barrier_wait, descriptor, fence_barriers, issue_named, issue_scores,
-    named_read_text, named_text, named_value_text, named_wait, read_named, registers_decrease, registers_increase,
-    run_block, score_text, shared_address, transposed_text, uniform, wait_products, wait_text,
+    named_read_text, named_text, named_value_text, named_wait, named_zero_text, read_named, registers_decrease,
+    registers_increase, run_block, score_text, shared_address, transposed_text, uniform, wait_products, wait_text,
 };
-use super::ring::{address_at, addresses, advance, barriers, ring_start};
+use super::ring::{Ring, advance, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::Numbers;
 use crate::family::listed::Lists;
-use crate::family::ptx::{global_address, ticket, value_of};
-use crate::family::turns::{KeyTile, all_steps_listed, key_tile, query_tile_at};
+use crate::family::ptx::{global_address, value_of};
+use crate::family::turns::{Dealt, KeyTile, key_tile, query_tile_at};
 use crate::family::walk::{Step, query_band_step};
 use crate::score::ScoreCode;
 
-/// Warps of the warpgroups that compute, each of which arrives at a barrier once.
-const WARPS: u32 = 8;
-
-/// One cube a key tile and key head. `statistics` holds for each query head and query tile `−lse` in logarithms of base 2 and
-/// `delta`; `turns` the ticket counter and, for each query head, query tile and unit that adds, how many cubes have added to `dq`, which
-/// is in the order of threads (see [`finish_kernel`](super::backward_rows::finish_kernel)); behind them the `lists` of steps,
-/// under a plan.
+/// One cube a multiprocessor. `statistics` holds for each query head and query tile `−lse` in logarithms of base 2 and
+/// `delta`; `turns` the ticket counter, for each query head, query tile and unit that adds how many cubes have added to `sums`, which
+/// are in the order of threads (see [`end_queries`]), and how many have added all of a key tile of each key head; behind them the `lists` of
+/// steps, under a plan.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
     q: &TensorMap<E, Tiled>,
@@ -60,12 +64,14 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     scratch: &[u32],
     statistics: &[f32],
     turns: &mut [u32],
-    dq: &mut [f32],
+    sums: &mut [f32],
+    dq: &mut [Vector<u32, Const<4>>],
     dk: &mut [Vector<u32, Const<2>>],
     dv: &mut [Vector<u32, Const<2>>],
     n: Numbers,
     factor: f32,
     section: u32,
+    lag: u32,
     lists: Lists,
     #[comptime] with_bias: bool,
     #[comptime] function: Option<ScoreCode>,
@@ -88,129 +94,150 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         Shared::new_aligned_slice(comptime!(cfg.written_floats() / 4), 1024usize);
     let rows: Shared<[Vector<f32, Const<2>>]> =
         Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.statistics() * cfg.bq / 2), 1024usize);
-    let mut own = if comptime!(cfg.listed) {
-        Shared::<[u32]>::new_aligned_slice(comptime!(cfg.words()), 16usize)
-    } else {
-        Shared::<[u32]>::new_slice(1usize)
-    };
-    let dealt = comptime!(cfg.words() - 1);
-    let all = Barriers {
-        kv_full: barriers(1usize, 1u32),
-        q_full: barriers(stages, 1u32),
-        do_full: barriers(do_stages, 1u32),
-        dq_full: barriers(2usize, comptime!(WARPS / cfg.dq_slots() as u32)),
-        q_free: barriers(stages, WARPS),
-        do_free: barriers(do_stages, WARPS),
-        dq_free: barriers(cfg.dq_slots(), 1u32),
-    };
+    let told_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(cfg.words()), 16usize);
+    let all = gates(cfg);
+    let gates = barrier_address(&all[0]);
     fence_barriers();
-    let counters = global_address::<u32>(&*turns);
-    if UNIT_POS == 0 {
-        own[dealt] = ticket(counters);
-        let tile = dealt_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
-        // On their way while the steps are looked up.
-        if tile.exists {
-            copy_keys::<E>(k, v, &mut sk, &mut sv, &all, tile, cfg);
-        }
-        if comptime!(cfg.listed) {
-            own[comptime!(LINES * LINE)] =
-                all_steps_listed::<E>(tile, counters, lists, scratch, n, comptime!(cfg.shape()));
-        }
-    }
     sync_cube();
-    let tile = dealt_tile::<E>(own[dealt], section, scratch, bias, n, with_bias, cfg);
-    if !tile.exists {
-        terminate!();
-    }
-    let lines = lines_at(&own, cfg);
+    let told = shared_address::<u32>(unsafe { told_words.as_slice().as_ptr_unchecked() });
+    let counters = global_address::<u32>(&*turns);
+    let sums_at = global_address::<f32>(&*sums);
     let (registers, spare) = comptime!(cfg.registers());
     if UNIT_POS < comptime!(WARPGROUP as u32) {
         registers_decrease(spare);
-        let some = has_steps(&own, tile, cfg);
         if UNIT_POS == 0 {
-            if some {
-                copy_tiles::<E>(
-                    q, d_o, statistics, &mut sq, &mut sdo, &rows, &all, tile, lines, counters, lists, scratch, n, cfg,
-                );
-            } else {
-                // The cube's memory must not be given up before.
-                barrier_wait(barrier_address(&all.kv_full[0]), 0u32);
-            }
+            copy_works::<E>(
+                q, k, v, d_o, bias, statistics, &mut sk, &mut sv, &mut sq, &mut sdo, &rows, &all, told, counters,
+                lists, scratch, n, section, lag, with_bias, cfg,
+            );
         }
-        // Two units take the steps in turns, or for large head dimensions have a warpgroup each: one waits until what it added has arrived while the other adds.
+        // They take the steps in turns, or for large head dimensions have a warpgroup each: one waits until what it added
+        // has arrived while the other adds.
         if UNIT_POS == 32 || UNIT_POS == 64 {
-            let sums = global_address::<f32>(&*dq);
-            let steps = steps_of(&own, tile, cfg);
-            if comptime!(cfg.wide()) {
-                add_pieces(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, n, cfg);
-            } else {
-                add_up(&sdq, &all, counters, sums, tile, UNIT_POS / 64, steps, lines, n, cfg);
-            }
+            add_works::<E>(&sdq, gates, told, counters, sums_at, bias, scratch, n, UNIT_POS / 64, with_bias, cfg);
         }
     } else if comptime!(cfg.wide()) {
         registers_increase(registers);
-        let steps = steps_of(&own, tile, cfg);
         consume::<E, NS, NK, NV, NQ, NP>(
-            &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, &all, tile, steps, lines, bias, scratch, dk, dv, n, factor,
-            with_bias, function, cfg,
+            &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, gates, told, counters, sums_at, bias, scratch, dq, dk, dv, n,
+            factor, with_bias, function, cfg,
         );
     } else {
         registers_increase(registers);
         run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
         run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
-        let places = places_of::<E>(&sk, &sv, &sq, &sdo, &sds, tile.j0, cfg);
-        if has_steps(&own, tile, cfg) {
-            let gates = gates(&all, cfg);
-            let steps = steps_of(&own, tile, cfg);
-            differentiate_tiles::<E, NS, NQ, NP>(
-                places, &gates, &rows, &mut sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, function, cfg,
-            );
+        let leader = UNIT_POS.is_multiple_of(32u32);
+        let mut at = Consumed::new();
+        let mut more = true.runtime();
+        while more {
+            let work = next_work(gates, told, &mut at, cfg);
+            more = work.kind != comptime!(kind::NOTHING);
+            if work.kind == comptime!(kind::KEYS) {
+                let tile = told_tile::<E>(work, bias, scratch, n, with_bias, cfg);
+                let steps = steps_of(work, tile, cfg);
+                run_block(comptime!(named_zero_text("dk", cfg.head_dim)).as_str());
+                run_block(comptime!(named_zero_text("dv", cfg.value_dim)).as_str());
+                let places = places_of::<E>(&sk, &sv, &sq, &sdo, &sds, tile.j0, cfg);
+                barrier_wait(gate_of(gates, Gate::Keys, cfg), at.kv_parity);
+                if steps > 0 {
+                    differentiate_tiles::<E, NS, NQ, NP>(
+                        places, gates, &rows, &mut sdq, &mut at, tile, steps, told, bias, scratch, n, factor,
+                        with_bias, function, cfg,
+                    );
+                } else {
+                    pass_values(gates, &at, leader, cfg);
+                }
+                at.kv_parity ^= 1u32;
+                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+                let text = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
+                let acc_k = read_named::<NK>(comptime!(text.0.clone()).as_str());
+                let acc_v = read_named::<NV>(comptime!(text.1.clone()).as_str());
+                let (row, column) = (places.keys.j, places.keys.column);
+                let first = work.number as usize * n.seq_kv as usize;
+                let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
+                store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false, true);
+                let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
+                store_rows::<NV>(
+                    acc_v,
+                    same_factor(n.factor),
+                    place,
+                    dv,
+                    false,
+                    cfg.element,
+                    cfg.value_dim,
+                    false,
+                    true,
+                );
+            } else if more {
+                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+                end_queries(work.number, counters, sums_at, dq, n, cfg);
+            }
         }
-        let (dk_text, dv_text) = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
-        let acc_k = read_named::<NK>(comptime!(dk_text.clone()).as_str());
-        let acc_v = read_named::<NV>(comptime!(dv_text.clone()).as_str());
-        let (row, column) = (places.keys.j, places.keys.column);
-        let first = (tile.batch * n.heads_kv + tile.key_head) as usize * n.seq_kv as usize;
-        let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
-        store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false);
-        let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
-        store_rows::<NV>(acc_v, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false);
     }
 }
 
-/// The key tile of the cube that has a ticket.
+/// The work that a consumer is told of.
 #[cube]
-fn dealt_tile<E: Float>(
-    ticket: u32,
-    section: u32,
-    scratch: &[u32],
+pub(crate) fn next_work(gates: u32, told: u32, at: &mut Consumed, #[comptime] cfg: HopperBackwardConfig) -> Told {
+    barrier_wait(gate_of(gates, Gate::Told, cfg), at.told_parity);
+    at.told_parity ^= 1u32;
+    let work = told_work(told);
+    let (kind, number, steps) = (uniform(work.kind), uniform(work.number), uniform(work.steps));
+    Told { kind, number, tile: work.tile, ascending: work.ascending, steps }
+}
+
+/// Takes leave of values that no step needs.
+#[cube]
+pub(crate) fn pass_values(gates: u32, at: &Consumed, leader: bool, #[comptime] cfg: HopperBackwardConfig) {
+    barrier_wait(gate_of(gates, Gate::Values, cfg), at.kv_parity);
+    barrier_arrive(gate_of(gates, Gate::FreeValues, cfg), leader);
+}
+
+/// The key tile that all are told of.
+#[cube]
+pub(crate) fn told_tile<E: Float>(
+    told: Told,
     bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) -> KeyTile {
-    key_tile::<E>(ticket, section, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed, cfg.unordered)
+    let Told { number, tile, ascending, .. } = told;
+    let dealt = Dealt { head: number, rank: 0u32.runtime(), tile, ascending, exists: true.runtime() };
+    key_tile::<E>(dealt, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed)
 }
 
-/// How many steps the cube takes.
+/// How many steps a key tile takes, which under a plan all are told.
 #[cube]
-fn steps_of(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    if comptime!(cfg.listed) { own[comptime!(LINES * LINE)] } else { tile.group * tile.walk.steps }
+pub(crate) fn steps_of(told: Told, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> u32 {
+    if comptime!(cfg.listed) { told.steps } else { tile.group * tile.walk.steps }
 }
 
-/// Whether any query sees a key of the cube.
-#[cube]
-fn has_steps(own: &Shared<[u32]>, tile: KeyTile, #[comptime] cfg: HopperBackwardConfig) -> bool {
-    if comptime!(cfg.listed) { steps_of(own, tile, cfg) > 0 } else { tile.walk.steps > 0 }
+/// Where a consumer stands among the works and steps of its cube.
+#[derive(CubeType)]
+pub(crate) struct Consumed {
+    /// Parities of the phases that end when a work is told of, and when keys and values are there.
+    pub told_parity: u32,
+    pub kv_parity: u32,
+    /// The stage of the next step's queries.
+    pub ring: Ring,
+    /// For large head dimensions the parity of the phase that ends when the place of dq is free.
+    pub dq_parity: u32,
+    /// Steps so far, of all key tiles.
+    pub number: u32,
 }
 
-/// Where the lines of steps start in shared memory, if there are any.
 #[cube]
-fn lines_at(own: &Shared<[u32]>, #[comptime] cfg: HopperBackwardConfig) -> u32 {
-    if comptime!(cfg.listed) {
-        shared_address::<u32>(unsafe { own.as_slice().as_ptr_unchecked() })
-    } else {
-        0u32.runtime()
+impl Consumed {
+    pub fn new() -> Self {
+        Consumed {
+            told_parity: 0u32.runtime(),
+            kv_parity: 0u32.runtime(),
+            ring: ring_start(0u32),
+            dq_parity: 1u32.runtime(),
+            number: 0u32.runtime(),
+        }
     }
 }
 
@@ -218,12 +245,13 @@ fn lines_at(own: &Shared<[u32]>, #[comptime] cfg: HopperBackwardConfig) -> u32 {
 #[cube]
 fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     places: Places,
-    gates: &Gates,
+    gates: u32,
     rows: &Statistics,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    at: &mut Consumed,
     tile: KeyTile,
     steps: u32,
-    lines: u32,
+    told: u32,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     n: Numbers,
@@ -237,27 +265,28 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     let ds_piece = comptime!(cfg.bq * 2 * PIECE);
     let leader = UNIT_POS.is_multiple_of(32u32);
     let (keys, column) = (places.keys, places.keys.column);
-    let mut ring = ring_start(0u32);
-    let mut dq_parity = 1u32;
-    barrier_wait(gates.kv_full, 0u32);
-    barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
-    let flying = scores::<NS>(places, ring.stage, cfg);
+    barrier_wait(gate_at(gates, at.ring.stage, Gate::Queries, cfg), at.ring.parity);
+    let flying = scores::<NS>(places, at.ring.stage, cfg);
     let mut s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+    barrier_wait(gate_of(gates, Gate::Values, cfg), at.kv_parity);
     let mut left = steps;
-    let mut t = 0u32;
+    // Under a plan steps are counted over all key tiles, else those of a head.
+    let mut t = if comptime!(cfg.listed) { value_of::<u32>(at.number) } else { 0u32.runtime() };
     let mut h = tile.first_head;
+    at.number += steps;
     while left > 0 {
-        let (step, head) = step_at(tile, t, h, lines, scratch, n, with_bias, cfg);
-        let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
-        advance(&mut ring, comptime!(stages as u32));
+        let (step, head) = step_at(tile, t, h, told, scratch, n, with_bias, cfg);
+        let (stage, parity) = (value_of::<u32>(at.ring.stage), value_of::<u32>(at.ring.parity));
+        advance(&mut at.ring, comptime!(stages as u32));
         left -= 1;
-        barrier_wait(address_at(&gates.do_full, stage, stages), parity);
+        barrier_wait(gate_at(gates, stage, Gate::Gradients, cfg), parity);
         let dp_flying = gradients_of_weights::<NS>(places, stage, cfg);
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
         let slopes = weights_of::<E, NS, NP>(
             &mut s, rows, row, keys, tile, step, head, bias, scratch, n, factor, with_bias, function, cfg,
         );
         let mut dp = wait_products::<NS>(dp_flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
+        barrier_arrive(gate_of(gates, Gate::FreeValues, cfg), leader && left == 0);
         if comptime!(!cfg.plain) {
             drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);
         }
@@ -289,20 +318,20 @@ fn differentiate_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
         let dq_lanes = comptime!(cfg.lanes()[3]);
         let part = wait_products::<NQ>(dq_flying, comptime!(wait_text(dq_lanes, cfg.dq_columns(), 1)).as_str());
-        barrier_arrive(address_at(&gates.do_free, stage, stages), leader);
-        barrier_wait(gates.dq_free[0], dq_parity);
-        dq_parity ^= 1u32;
-        give_queries::<NQ>(part, places.line, sdq, cfg);
+        barrier_arrive(gate_at(gates, stage, Gate::FreeGradients, cfg), leader);
+        // There are as many places as stages of queries.
+        barrier_wait(gate_at(gates, stage, Gate::FreeSums, cfg), parity ^ 1u32);
+        give_queries::<NQ>(part, places.line + stage * comptime!(cfg.dq_elements() as u32 / 4), sdq, cfg);
         fence_shared();
         sync_plane();
-        barrier_arrive(address_at(&gates.dq_full, stage % 2, 2usize), leader);
+        barrier_arrive(gate_at(gates, stage, Gate::Sums, cfg), leader);
         if left > 0 {
-            barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
+            barrier_wait(gate_at(gates, at.ring.stage, Gate::Queries, cfg), at.ring.parity);
         }
         // After the last step nobody looks at these.
-        let flying = scores::<NS>(places, ring.stage, cfg);
+        let flying = scores::<NS>(places, at.ring.stage, cfg);
         s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
-        barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+        barrier_arrive(gate_at(gates, stage, Gate::FreeQueries, cfg), leader);
     }
 }
 
@@ -312,14 +341,14 @@ pub(crate) fn step_at(
     tile: KeyTile,
     t: u32,
     h: u32,
-    lines: u32,
+    told: u32,
     scratch: &[u32],
     n: Numbers,
     #[comptime] with_bias: bool,
     #[comptime] cfg: HopperBackwardConfig,
 ) -> (Step, u32) {
     if comptime!(cfg.listed) {
-        told_step(lines, t, tile.j0, scratch, n)
+        told_step(step_lines(told), t, tile.j0, scratch, n)
     } else {
         let m = query_tile_at(tile, t);
         (query_band_step(m, tile.j0, tile.at, n, with_bias, comptime!(cfg.shape())), h)
@@ -358,31 +387,6 @@ pub(crate) fn give_queries<N: Size>(
             four.insert(y, part.extract(comptime!(4 * x + y)));
         }
         sdq[line as usize + comptime!(x * WARPGROUP)] = four;
-    }
-}
-
-/// Addresses of the barriers that consumers use.
-#[derive(CubeType)]
-pub(crate) struct Gates {
-    pub kv_full: u32,
-    pub q_full: Sequence<u32>,
-    pub do_full: Sequence<u32>,
-    pub dq_full: Sequence<u32>,
-    pub q_free: Sequence<u32>,
-    pub do_free: Sequence<u32>,
-    pub dq_free: Sequence<u32>,
-}
-
-#[cube]
-pub(crate) fn gates(all: &Barriers, #[comptime] cfg: HopperBackwardConfig) -> Gates {
-    Gates {
-        kv_full: barrier_address(&all.kv_full[0]),
-        q_full: addresses(&all.q_full, cfg.stages()),
-        do_full: addresses(&all.do_full, cfg.do_stages()),
-        dq_full: addresses(&all.dq_full, 2usize),
-        q_free: addresses(&all.q_free, cfg.stages()),
-        do_free: addresses(&all.do_free, cfg.do_stages()),
-        dq_free: addresses(&all.dq_free, cfg.dq_slots()),
     }
 }
 

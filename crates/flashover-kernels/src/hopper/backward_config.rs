@@ -12,6 +12,9 @@ const CONSUMERS: usize = 2;
 /// Tiles of queries in flight, and of gradients of outputs where there is room.
 const STAGES: usize = 2;
 
+/// Parts of dq on their way from the consumers to memory, one of either unit that adds: those of two steps, or a piece of each warpgroup.
+pub(crate) const DQ_SLOTS: usize = 2;
+
 /// Largest head dimension of which a warpgroup holds dk and dv of its keys.
 const NARROW: usize = 128;
 
@@ -134,11 +137,6 @@ impl HopperBackwardConfig {
         if self.wide() { self.bq * PIECE / WARPGROUP } else { self.dq_elements() / (CONSUMERS * WARPGROUP) }
     }
 
-    /// Parts of dq on their way from the consumers to memory: the whole, or a piece of each warpgroup.
-    pub(crate) const fn dq_slots(&self) -> usize {
-        if self.wide() { CONSUMERS } else { 1 }
-    }
-
     /// Pieces of dq of which a warpgroup has every other, and how many of the warpgroups have any: for large head dimensions.
     pub(crate) const fn wide_pieces(&self, warpgroup: usize) -> usize {
         (self.dq_pieces() + 1 - warpgroup) / CONSUMERS
@@ -151,7 +149,7 @@ impl HopperBackwardConfig {
 
     /// Floats in shared memory that consumers write: dq, and for large head dimensions the weights that one hands the other.
     pub(crate) const fn written_floats(&self) -> usize {
-        if self.wide() { CONSUMERS * self.bq * PIECE + self.score_elements() } else { self.dq_elements() }
+        if self.wide() { DQ_SLOTS * self.bq * PIECE + self.score_elements() } else { DQ_SLOTS * self.dq_elements() }
     }
 
     /// Queries that a warpgroup's product for dq covers: all, of a piece or half of the head dimension, or half of them.
@@ -169,10 +167,9 @@ impl HopperBackwardConfig {
         self.statistics() * self.bq * size_of::<f32>()
     }
 
-    /// Words of shared memory beside tiles and barriers: the ticket, under a plan after the lines of steps and the number of
-    /// steps.
+    /// Words of shared memory beside tiles and barriers: the line of the work, and under a plan those of steps.
     pub(crate) const fn words(&self) -> usize {
-        if self.listed { LINES * LINE + 2 } else { 1 }
+        if self.listed { (1 + LINES) * LINE } else { LINE }
     }
 
     /// Shared memory of a cube in bytes, barriers included.
@@ -185,15 +182,15 @@ impl HopperBackwardConfig {
         let [k, v, q, d_o] = self.elements();
         let elements = k + v + STAGES * q + do_stages * d_o + self.score_buffers() * self.score_elements();
         let floats = self.written_floats() * size_of::<f32>() + STAGES * self.statistics_bytes();
-        let barriers = 3 + self.dq_slots() + 2 * (STAGES + do_stages);
+        let barriers = self.barriers(do_stages);
         elements * size_of::<u16>() + floats + barriers * size_of::<u64>() + self.words() * size_of::<u32>()
     }
 
-    /// Registers a thread of the consumers, and of the warpgroup that copies: 65,536 in all. Who walks a plan's lists needs more
-    /// than who counts tiles, but with fewer for the consumers products of 256 elements are made one by one (ptxas says C7512).
+    /// Registers a thread of the consumers, and of the warpgroup that copies: 64,512 in all. Who copies spills with fewer than 40, and
+    /// consumers with fewer than 232, but with fewer than 240 products of 256 elements are made one by one (ptxas says C7512).
     pub(crate) const fn registers(&self) -> (u32, u32) {
         let widest = self.head_dim > 192 || self.value_dim > 192;
-        if self.listed && !widest { (232, 40) } else { (240, 24) }
+        if widest { (240, 24) } else { (232, 40) }
     }
 
     /// Registers, in powers of 2 as vectors want them, of a thread's scores, dk, dv, part of dq and packed weights.
@@ -227,7 +224,6 @@ mod tests {
             for dv in (8..=256).step_by(8) {
                 let p = Problem::new([1, 2, 300, d], [1, 2, 300, d], [1, 2, 300, dv], Element::BF16).unwrap();
                 let (plain, _) = HopperBackwardConfig::of(&p).unwrap();
-                assert_eq!(plain.words(), 1);
                 let config = HopperBackwardConfig { listed: true, ..plain };
                 assert!(config.shared_bytes() <= SHARED, "{config}: {}", config.shared_bytes());
                 assert!(config.head_dim >= d && config.value_dim >= dv);
@@ -238,6 +234,7 @@ mod tests {
                 };
                 let held = sums + config.bq + config.bq / 4;
                 assert!(held <= config.registers().0 as usize, "{config}: {held}");
+                assert!(config.wide() || config.do_stages() == STAGES, "{config}");
                 assert!(config.dq_columns().is_multiple_of(8));
                 assert_eq!(config.wide_pieces(0) + config.wide_pieces(1), config.dq_pieces());
             }

@@ -4,7 +4,8 @@ use cubecl::prelude::*;
 
 use super::backward::backward_kernel;
 use super::backward_config::HopperBackwardConfig;
-use super::backward_rows::{finish_kernel, statistics_kernel};
+use super::backward_rows::statistics_kernel;
+use super::backward_works::lag;
 use super::checks::{check_backward, reads_in_place};
 use super::launch::{fours, tiles};
 use crate::device::{DeviceLimits, DeviceTensor, KernelError};
@@ -15,7 +16,7 @@ use crate::family::turn_buffer::TurnBuffer;
 use crate::operands::{Gradients, Operands};
 use crate::problem::Problem;
 
-/// Units of a cube of the kernels before and after.
+/// Units of a cube of the kernel before.
 pub(crate) const ROW_UNITS: usize = 256;
 
 /// Attention backward: `dq`, `dk` and `dv`, contiguous, each in the shape and element type of its operand. `q`, `k`, `v` and the
@@ -53,7 +54,8 @@ pub fn backward(
     let query_tiles = batch * heads_q * seq_q.div_ceil(cfg.bq);
     let float = f32::elem_type_native();
     let statistics = DeviceTensor::empty(client, &[query_tiles * cfg.statistics() * cfg.bq], float);
-    let turns = TurnBuffer::new(client, problem, query_tiles * cfg.counters(), cfg.shape());
+    let counters = query_tiles * cfg.counters() + batch * heads_kv;
+    let turns = TurnBuffer::new(client, problem, counters, cfg.shape(), !cfg.unordered);
     let Outputs { o, lse, dlse, .. } = outputs;
     let bound = [o, &rest, d_o, lse, &statistics, &turns.words].into_iter().chain(dlse);
     let (bindings, address) = binding_facts(bound);
@@ -87,11 +89,11 @@ pub fn backward(
     }
     // Its memory may serve what follows.
     drop(rest);
-    turns.list_steps(&launcher, problem, &scratch, &layout, q.elem, cfg.shape(), !cfg.unordered);
+    turns.list_steps(&launcher, problem, &scratch, &layout, q.elem, cfg.shape());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
     let (dq, dk, dv) = (new(q), new(k), new(v));
     let sums = DeviceTensor::empty(client, &[query_tiles * cfg.dq_elements()], float);
-    let bound = [q, k, v, d_o, &scratch, &statistics, &turns.words, &sums, &dk, &dv];
+    let bound = [q, k, v, d_o, &scratch, &statistics, &turns.words, &sums, &dq, &dk, &dv];
     let (bindings, address) = binding_facts(bound.into_iter().chain(bias));
     launcher.note("backward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let [ns, nk, nv, nq, np] = cfg.lanes();
@@ -104,11 +106,12 @@ pub fn backward(
     } else {
         launcher.heads_side_by_side(key_tiles, 1, batch * heads_kv)
     };
-    // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dk and dv are tested.
+    let cubes = launcher.persistent_cubes(batch * heads_kv * key_tiles);
+    // SAFETY: the copy engine keeps to the shapes, which were checked; the buffers hold whole tiles; rows of dq, dk and dv are tested.
     unsafe {
         backward_kernel::launch_unchecked(
             client,
-            launcher.cubes(batch * heads_kv * key_tiles),
+            CubeCount::Static(cubes as u32, 1, 1),
             CubeDim::new_1d(cfg.units() as u32),
             address,
             tiles(q, cfg.bq),
@@ -120,11 +123,13 @@ pub fn backward(
             statistics.buffer(),
             turns.words.buffer(),
             sums.buffer(),
+            eights(&dq),
             fours(&dk),
             fours(&dv),
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
             section as u32,
+            lag(section * key_tiles, cubes, cfg) as u32,
             turns.lists(),
             bias.is_some(),
             problem.score.map(|score| score.code),
@@ -135,24 +140,6 @@ pub fn backward(
             nv,
             nq,
             np,
-        );
-    }
-    let (bindings, address) = binding_facts([&sums, &turns.words, &dq].into_iter());
-    launcher.note("finish_hopper", &cfg, bindings, 0, ROW_UNITS);
-    let units = query_tiles * cfg.dq_elements() / 32;
-    // SAFETY: a unit reads 8 of the vectors that the buffer was made for and tests rows and elements of dq.
-    unsafe {
-        finish_kernel::launch_unchecked(
-            client,
-            launcher.cubes(units.div_ceil(ROW_UNITS)),
-            CubeDim::new_1d(ROW_UNITS as u32),
-            address,
-            BufferArg::from_raw_parts(sums.handle.clone(), sums.elements() / 4),
-            turns.words.buffer(),
-            eights(&dq),
-            numbers(problem, &layout),
-            units,
-            cfg,
         );
     }
     Ok(Gradients { q: Some(dq), k: Some(dk), v: Some(dv), ..Gradients::default() })

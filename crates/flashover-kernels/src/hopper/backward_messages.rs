@@ -1,6 +1,8 @@
-//! What the unit that copies tells the others of a step under a plan: a line of shared memory, written before the barrier of
-//! the step's queries is arrived at. Consumers read it after they waited there, the units that add after they waited for
-//! the consumers. So only one unit reads the list of steps.
+//! What the unit that copies tells the others.
+//!
+//! Of a **work** what it is and the number of its steps: a line of shared memory, written once all have taken leave of the work
+//! before. Of a **step** under a plan: a line, written before the barrier of the step's queries is arrived at. Consumers read it after
+//! they waited there, the units that add after they waited for the consumers. So only one unit reads the list of steps.
 
 use cubecl::prelude::*;
 
@@ -14,8 +16,51 @@ use crate::family::walk::Step;
 /// Words of a line.
 pub(crate) const LINE: usize = 4;
 
+/// A work as all are told: of a key tile also which one it is, and under a plan its steps.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Told {
+    pub kind: u32,
+    /// Of which key head, or the number of the query tiles whose dq is ended.
+    pub number: u32,
+    pub tile: u32,
+    pub ascending: bool,
+    pub steps: u32,
+}
+
+/// Writes the line of a work.
+#[cube]
+pub(crate) fn tell_work(line_at: u32, told: Told) {
+    let mut line = Vector::<u32, Const<4>>::new(0u32);
+    line.insert(0usize, told.kind);
+    line.insert(1usize, told.number);
+    line.insert(2usize, 2 * told.tile + u32::cast_from(told.ascending));
+    line.insert(3usize, told.steps);
+    store_shared_16(line_at, 0usize, line);
+}
+
+/// The work of a line.
+#[cube]
+pub(crate) fn told_work(line_at: u32) -> Told {
+    let line = load_shared_16(line_at, 0usize);
+    let tile = line.extract(2usize);
+    Told {
+        kind: line.extract(0usize),
+        number: line.extract(1usize),
+        tile: tile / 2u32,
+        ascending: tile % 2u32 == 1,
+        steps: line.extract(3usize),
+    }
+}
+
+/// Where the lines of steps start, behind that of the work.
+#[cube]
+pub(crate) fn step_lines(told: u32) -> u32 {
+    told + comptime!(4 * LINE as u32)
+}
+
 /// Lines, which steps use in turn. A step is told of when the consumers are done with the one two before, for which they
-/// had to wait until the one three before was being added: a line that is written again has been read by all.
+/// had to wait until the one four before had been added: a line that is written again has been read by all.
 pub(crate) const LINES: usize = 4;
 
 /// Where the line of a step stands.

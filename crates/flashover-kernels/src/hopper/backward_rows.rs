@@ -1,11 +1,10 @@
-//! What is done once a query row of the backward, before the tiles and after them.
+//! What is done once a query row of the backward, before the tiles.
 
 use cubecl::prelude::*;
 
 use super::backward_config::HopperBackwardConfig;
-use super::config::PIECE;
 use crate::family::element::{Numbers, is_minus_infinity, row_hash};
-use crate::family::ptx::{pack, unpack};
+use crate::family::ptx::unpack;
 use crate::family::rounding::restored;
 
 /// `−lse` and `delta` of each query tile, side by side, padded to whole tiles, `lse` in logarithms of base 2 where products are all
@@ -86,59 +85,9 @@ pub(crate) fn statistics_kernel(
         if unit == 0 {
             turns[0] = 0u32;
         }
-    }
-}
-
-/// Rows of dq from the f32 sums, which lie as the threads of a warpgroup hold them: for every 64 elements of the head dimension and
-/// every 8 queries 128 vectors of four floats, vector `32 · w + 4 · g + c` being elements `16 · w + g` and 8 further of
-/// queries `2 · c` and the next. A unit takes 16 elements of two rows.
-#[cube(launch_unchecked, address_type = "dynamic")]
-pub(crate) fn finish_kernel(
-    sums: &[Vector<f32, Const<4>>],
-    turns: &[u32],
-    dq: &mut [Vector<u32, Const<4>>],
-    n: Numbers,
-    units: usize,
-    #[comptime] cfg: HopperBackwardConfig,
-) {
-    if ABSOLUTE_POS < units {
-        let (eights, pieces) = comptime!((cfg.bq / 8, cfg.dq_pieces()));
-        let tiles = n.seq_q.div_ceil(comptime!(cfg.bq as u32)) as usize;
-        let (c, w) = (ABSOLUTE_POS % 4, ABSOLUTE_POS / 4 % 4);
-        let block = ABSOLUTE_POS / 16;
-        let (eight, piece) = (block % eights, block / eights % pieces);
-        let tile = block / comptime!(eights * pieces);
-        let (head, i0) = (tile / tiles, tile % tiles * cfg.bq);
-        // Nobody has written where nobody came by.
-        let seen = turns[tile * cfg.counters() + 1] > 0;
-        let first = block * 128 + w * 32 + c;
-        let mut fours = Array::<Vector<f32, Const<4>>>::new(8usize);
-        #[unroll]
-        for g in 0..8usize {
-            fours[g] = Vector::<f32, Const<4>>::new(0.0f32);
-            if seen {
-                fours[g] = sums[first + comptime!(4 * g)];
-            }
-        }
-        #[unroll]
-        for r in 0..2usize {
-            let i = i0 + eight * 8 + c * 2 + r;
-            #[unroll]
-            for half in 0..2usize {
-                let mut line = Vector::<u32, Const<4>>::new(0u32);
-                #[unroll]
-                for y in 0..4usize {
-                    let z = comptime!(2 * half + r);
-                    let low = fours[comptime!(2 * y)].extract(z) * n.scale;
-                    let high = fours[comptime!(2 * y + 1)].extract(z) * n.scale;
-                    line.insert(y, pack(low, high, cfg.element));
-                }
-                let group = piece as u32 * comptime!((PIECE / 8) as u32) + w as u32 * 2 + comptime!(half as u32);
-                if i < n.seq_q as usize && group * 8 < n.head_dim {
-                    let row = head * n.seq_q as usize + i;
-                    dq[row * (n.head_dim / 8) as usize + group as usize] = line;
-                }
-            }
+        // There are no more key heads than query rows.
+        if unit < (n.batch * n.heads_kv) as usize {
+            turns[rows / cfg.bq * cfg.counters() + unit + 1] = 0u32;
         }
     }
 }

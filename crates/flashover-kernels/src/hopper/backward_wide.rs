@@ -15,18 +15,21 @@
 use cubecl::prelude::*;
 
 use super::backward::{
-    Gates, Places, gates, give_gradients, give_queries, gradients_of_weights, places_of, queries_part, scores, step_at,
+    Consumed, Places, give_gradients, give_queries, gradients_of_weights, next_work, pass_values, places_of,
+    queries_part, scores, step_at, steps_of, told_tile,
 };
-use super::backward_config::HopperBackwardConfig;
-use super::backward_copies::{Barriers, gradient_ring};
+use super::backward_config::{DQ_SLOTS, HopperBackwardConfig};
+use super::backward_copies::gradient_ring;
+use super::backward_gates::{Gate, gate_at, gate_of};
 use super::backward_scores::{Statistics, differentiate, drop_elements, times_slopes, weights_of};
+use super::backward_works::{end_queries, kind};
 use super::bulk::fence_shared;
 use super::config::{PIECE, WARPGROUP};
 use super::ptx::{
     Accumulator, barrier_arrive, barrier_wait, descriptor, issue_named, named_arrive, named_read_text, named_text,
-    named_value_text, named_wait, read_named, run_block, uniform, wait_products, wait_text,
+    named_value_text, named_wait, named_zero_text, read_named, run_block, uniform, wait_products, wait_text,
 };
-use super::ring::{address_at, advance, ring_start};
+use super::ring::advance;
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::Numbers;
@@ -42,7 +45,7 @@ const GRADIENTS: u32 = 2;
 /// Threads of both.
 const THREADS: u32 = 2 * WARPGROUP as u32;
 
-/// The gradients of a key tile, of one of the warpgroups.
+/// The works of one of the warpgroups: of key tiles either gradient.
 #[cube]
 pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
     sk: &Shared<[E]>,
@@ -52,12 +55,13 @@ pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size
     sds: &Shared<[E]>,
     rows: &Statistics,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
-    all: &Barriers,
-    tile: KeyTile,
-    steps: u32,
-    lines: u32,
+    gates: u32,
+    told: u32,
+    counters: u64,
+    sums: u64,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
+    dq: &mut [Vector<u32, Const<4>>],
     dk: &mut [Vector<u32, Const<2>>],
     dv: &mut [Vector<u32, Const<2>>],
     n: Numbers,
@@ -66,30 +70,56 @@ pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size
     #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    let places = places_of::<E>(sk, sv, sq, sdo, sds, tile.j0, cfg);
-    let gates = gates(all, cfg);
-    let (row, column) = (places.keys.j, places.keys.column);
-    let first = (tile.batch * n.heads_kv + tile.key_head) as usize * n.seq_kv as usize;
-    if uniform(UNIT_POS / comptime!(WARPGROUP as u32)) == 1 {
+    let of_values = uniform(UNIT_POS / comptime!(WARPGROUP as u32)) == 1;
+    if of_values {
         run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
-        if steps > 0 {
-            weigh_tiles::<E, NS, NQ, NP>(
-                places, &gates, rows, sdq, tile, steps, lines, bias, scratch, n, factor, with_bias, function, cfg,
-            );
-        }
-        let text = comptime!(named_read_text("dv", cfg.value_dim));
-        let acc = read_named::<NV>(comptime!(text.clone()).as_str());
-        let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
-        store_rows::<NV>(acc, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false);
     } else {
         run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
-        if steps > 0 {
-            differentiate_tiles::<NS, NQ, NP>(places, &gates, rows, sdq, steps, n, cfg);
+    }
+    let leader = UNIT_POS.is_multiple_of(32u32);
+    let mut at = Consumed::new();
+    let mut more = true.runtime();
+    while more {
+        let work = next_work(gates, told, &mut at, cfg);
+        more = work.kind != comptime!(kind::NOTHING);
+        if work.kind == comptime!(kind::KEYS) {
+            let tile = told_tile::<E>(work, bias, scratch, n, with_bias, cfg);
+            let steps = steps_of(work, tile, cfg);
+            let places = places_of::<E>(sk, sv, sq, sdo, sds, tile.j0, cfg);
+            let (row, column) = (places.keys.j, places.keys.column);
+            let first = work.number as usize * n.seq_kv as usize;
+            barrier_wait(gate_of(gates, Gate::Keys, cfg), at.kv_parity);
+            if of_values {
+                run_block(comptime!(named_zero_text("dv", cfg.value_dim)).as_str());
+                if steps > 0 {
+                    weigh_tiles::<E, NS, NQ, NP>(
+                        places, gates, rows, sdq, &mut at, tile, steps, told, bias, scratch, n, factor, with_bias,
+                        function, cfg,
+                    );
+                }
+                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+                let text = comptime!(named_read_text("dv", cfg.value_dim));
+                let acc = read_named::<NV>(comptime!(text.clone()).as_str());
+                let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
+                store_rows::<NV>(acc, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false, true);
+            } else {
+                run_block(comptime!(named_zero_text("dk", cfg.head_dim)).as_str());
+                if steps > 0 {
+                    differentiate_tiles::<NS, NQ, NP>(places, gates, rows, sdq, &mut at, steps, n, cfg);
+                } else {
+                    pass_values(gates, &at, leader, cfg);
+                }
+                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+                let text = comptime!(named_read_text("dk", cfg.head_dim));
+                let acc = read_named::<NK>(comptime!(text.clone()).as_str());
+                let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
+                store_rows::<NK>(acc, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false, true);
+            }
+            at.kv_parity ^= 1u32;
+        } else if more {
+            barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+            end_queries(work.number, counters, sums, dq, n, cfg);
         }
-        let text = comptime!(named_read_text("dk", cfg.head_dim));
-        let acc = read_named::<NK>(comptime!(text.clone()).as_str());
-        let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
-        store_rows::<NK>(acc, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false);
     }
 }
 
@@ -97,12 +127,13 @@ pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size
 #[cube]
 fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     places: Places,
-    gates: &Gates,
+    gates: u32,
     rows: &Statistics,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    at: &mut Consumed,
     tile: KeyTile,
     steps: u32,
-    lines: u32,
+    told: u32,
     bias: ComptimeOption<&Tensor<E>>,
     scratch: &[u32],
     n: Numbers,
@@ -111,25 +142,24 @@ fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
     #[comptime] function: Option<ScoreCode>,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
+    let stages = comptime!(cfg.stages());
     let [_, _, _, do_len] = comptime!(cfg.elements());
     let leader = UNIT_POS.is_multiple_of(32u32);
     let (keys, column) = (places.keys, places.keys.column);
-    let mut ring = ring_start(0u32);
-    let mut dq_parity = 1u32;
-    barrier_wait(gates.kv_full, 0u32);
-    barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
-    let flying = scores::<NS>(places, ring.stage, cfg);
+    barrier_wait(gate_at(gates, at.ring.stage, Gate::Queries, cfg), at.ring.parity);
+    let flying = scores::<NS>(places, at.ring.stage, cfg);
     let mut s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
     let mut left = steps;
-    let mut t = 0u32;
+    // Under a plan steps are counted over all key tiles, else those of a head.
+    let mut t = if comptime!(cfg.listed) { value_of::<u32>(at.number) } else { 0u32.runtime() };
     let mut h = tile.first_head;
+    at.number += steps;
     while left > 0 {
-        let (step, head) = step_at(tile, t, h, lines, scratch, n, with_bias, cfg);
-        let stage = value_of::<u32>(ring.stage);
-        let gradients = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
+        let (step, head) = step_at(tile, t, h, told, scratch, n, with_bias, cfg);
+        let stage = value_of::<u32>(at.ring.stage);
+        let gradients = gradient_ring(at.ring.stage, at.ring.parity, 0u32, cfg);
         let (do_stage, do_parity) = (value_of::<u32>(gradients.stage), value_of::<u32>(gradients.parity));
-        advance(&mut ring, comptime!(stages as u32));
+        advance(&mut at.ring, comptime!(stages as u32));
         left -= 1;
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
         let slopes = weights_of::<E, NS, NP>(
@@ -146,7 +176,7 @@ fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         named_arrive(comptime!(WEIGHTS).runtime(), THREADS);
         let packing = comptime!(pack_text(cfg.lanes()[4], cfg.bq, cfg.element.name()));
         let packed = pack_weights::<NS, NP>(s, comptime!(packing.clone()).as_str());
-        barrier_wait(address_at(&gates.do_full, do_stage, do_stages), do_parity);
+        barrier_wait(gate_at(gates, do_stage, Gate::Gradients, cfg), do_parity);
         let do_matrix =
             descriptor(places.d_o + do_stage * comptime!(2 * do_len as u32), comptime!((cfg.bq * 2 * PIECE) as u32));
         let to_v = comptime!(named_value_text("dv", cfg.lanes()[4], cfg.value_dim, cfg.bq, cfg.element.name()));
@@ -161,18 +191,18 @@ fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
         named_wait(comptime!(GRADIENTS).runtime(), THREADS);
         let first = piece::<NQ>(places, 0usize, cfg);
         if left > 0 {
-            barrier_wait(address_at(&gates.q_full, ring.stage, stages), ring.parity);
+            barrier_wait(gate_at(gates, at.ring.stage, Gate::Queries, cfg), at.ring.parity);
         }
         // After the last step nobody looks at these.
-        let flying = scores::<NS>(places, ring.stage, cfg);
+        let flying = scores::<NS>(places, at.ring.stage, cfg);
         let part = wait_products::<NQ>(first, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
-        barrier_arrive(address_at(&gates.do_free, do_stage, do_stages), leader);
-        barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
-        give_piece::<NQ>(part, places, gates, 0usize, &mut dq_parity, sdq, cfg);
+        barrier_arrive(gate_at(gates, do_stage, Gate::FreeGradients, cfg), leader);
+        barrier_arrive(gate_at(gates, stage, Gate::FreeQueries, cfg), leader);
+        give_piece::<NQ>(part, places, gates, 0usize, &mut at.dq_parity, sdq, cfg);
         if comptime!(cfg.wide_pieces(0) > 1) {
             let second = piece::<NQ>(places, 2usize, cfg);
             let part = wait_products::<NQ>(second, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 0)).as_str());
-            give_piece::<NQ>(part, places, gates, 0usize, &mut dq_parity, sdq, cfg);
+            give_piece::<NQ>(part, places, gates, 0usize, &mut at.dq_parity, sdq, cfg);
         }
         s = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
     }
@@ -182,32 +212,32 @@ fn weigh_tiles<E: Float, NS: Size, NQ: Size, NP: Size>(
 #[cube]
 fn differentiate_tiles<NS: Size, NQ: Size, NP: Size>(
     places: Places,
-    gates: &Gates,
+    gates: u32,
     rows: &Statistics,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    at: &mut Consumed,
     steps: u32,
     n: Numbers,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    let (stages, do_stages) = comptime!((cfg.stages(), cfg.do_stages()));
+    let stages = comptime!(cfg.stages());
     let [_, _, q_len, _] = comptime!(cfg.elements());
     let leader = UNIT_POS.is_multiple_of(32u32);
     let (keys, column) = (places.keys, places.keys.column);
-    let mut ring = ring_start(0u32);
-    let mut dq_parity = 1u32;
-    barrier_wait(gates.kv_full, 0u32);
-    barrier_wait(gates.do_full[0], 0u32);
-    let flying = gradients_of_weights::<NS>(places, 0u32, cfg);
+    barrier_wait(gate_of(gates, Gate::Values, cfg), at.kv_parity);
+    let first = gradient_ring(at.ring.stage, at.ring.parity, 0u32, cfg);
+    barrier_wait(gate_at(gates, first.stage, Gate::Gradients, cfg), first.parity);
+    let flying = gradients_of_weights::<NS>(places, first.stage, cfg);
     let mut dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
     let mut left = steps;
     while left > 0 {
-        let (stage, parity) = (value_of::<u32>(ring.stage), value_of::<u32>(ring.parity));
-        let used = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
-        barrier_arrive(address_at(&gates.do_free, used.stage, do_stages), leader);
-        advance(&mut ring, comptime!(stages as u32));
+        let (stage, parity) = (value_of::<u32>(at.ring.stage), value_of::<u32>(at.ring.parity));
+        let used = gradient_ring(at.ring.stage, at.ring.parity, 0u32, cfg);
+        barrier_arrive(gate_at(gates, used.stage, Gate::FreeGradients, cfg), leader);
+        advance(&mut at.ring, comptime!(stages as u32));
         left -= 1;
         // For the statistics, and for dk.
-        barrier_wait(address_at(&gates.q_full, stage, stages), parity);
+        barrier_wait(gate_at(gates, stage, Gate::Queries, cfg), parity);
         let row = stage as usize * comptime!(cfg.statistics() * cfg.bq / 2) + (column / 2) as usize;
         if comptime!(!cfg.plain) {
             drop_elements::<NS>(&mut dp, keys, rows, row, n, true, cfg);
@@ -227,38 +257,39 @@ fn differentiate_tiles<NS: Size, NQ: Size, NP: Size>(
             let first = piece::<NQ>(places, 1usize, cfg);
             issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
             let part = wait_products::<NQ>(first, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
-            give_piece::<NQ>(part, places, gates, 1usize, &mut dq_parity, sdq, cfg);
+            give_piece::<NQ>(part, places, gates, 1usize, &mut at.dq_parity, sdq, cfg);
         } else {
             issue_named::<NP>(ds, q_matrix, comptime!(to_k.clone()).as_str());
         }
-        let next = gradient_ring(ring.stage, ring.parity, 0u32, cfg);
+        let next = gradient_ring(at.ring.stage, at.ring.parity, 0u32, cfg);
         if comptime!(cfg.wide_pieces(1) > 1) {
             let second = piece::<NQ>(places, 3usize, cfg);
             if left > 0 {
-                barrier_wait(address_at(&gates.do_full, next.stage, do_stages), next.parity);
+                barrier_wait(gate_at(gates, next.stage, Gate::Gradients, cfg), next.parity);
             }
             let flying = gradients_of_weights::<NS>(places, next.stage, cfg);
             let part = wait_products::<NQ>(second, comptime!(wait_text(cfg.lanes()[3], cfg.bq, 1)).as_str());
-            barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
-            give_piece::<NQ>(part, places, gates, 1usize, &mut dq_parity, sdq, cfg);
+            barrier_arrive(gate_at(gates, stage, Gate::FreeQueries, cfg), leader);
+            give_piece::<NQ>(part, places, gates, 1usize, &mut at.dq_parity, sdq, cfg);
             dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
         } else {
             if left > 0 {
-                barrier_wait(address_at(&gates.do_full, next.stage, do_stages), next.parity);
+                barrier_wait(gate_at(gates, next.stage, Gate::Gradients, cfg), next.parity);
             }
             // After the last step nobody looks at these.
             let flying = gradients_of_weights::<NS>(places, next.stage, cfg);
             dp = wait_products::<NS>(flying, comptime!(wait_text(cfg.lanes()[0], cfg.bq, 0)).as_str());
-            barrier_arrive(address_at(&gates.q_free, stage, stages), leader);
+            barrier_arrive(gate_at(gates, stage, Gate::FreeQueries, cfg), leader);
         }
     }
+    barrier_arrive(gate_of(gates, Gate::FreeValues, cfg), leader);
 }
 
 /// Where this thread's weights lie behind the pieces of dq, counted in fours: the other warpgroup's thread of the same place in it
 /// has the same elements.
 #[cube]
 fn handed_line(#[comptime] cfg: HopperBackwardConfig) -> u32 {
-    comptime!((cfg.dq_slots() * cfg.bq * PIECE / 4) as u32) + UNIT_POS % comptime!(WARPGROUP as u32)
+    comptime!((DQ_SLOTS * cfg.bq * PIECE / 4) as u32) + UNIT_POS % comptime!(WARPGROUP as u32)
 }
 
 /// The weights that the warpgroup of values handed on.
@@ -293,16 +324,19 @@ fn piece<N: Size>(places: Places, #[comptime] number: usize, #[comptime] cfg: Ho
 fn give_piece<N: Size>(
     part: Accumulator<N>,
     places: Places,
-    gates: &Gates,
+    gates: u32,
     #[comptime] warpgroup: usize,
     parity: &mut u32,
     sdq: &mut Shared<[Vector<f32, Const<4>>]>,
     #[comptime] cfg: HopperBackwardConfig,
 ) {
-    barrier_wait(gates.dq_free[warpgroup], *parity);
+    barrier_wait(gate_at(gates, comptime!(warpgroup as u32).runtime(), Gate::FreeSums, cfg), *parity);
     *parity ^= 1u32;
     give_queries::<N>(part, places.line, sdq, cfg);
     fence_shared();
     sync_plane();
-    barrier_arrive(gates.dq_full[warpgroup], UNIT_POS.is_multiple_of(32u32));
+    barrier_arrive(
+        gate_at(gates, comptime!(warpgroup as u32).runtime(), Gate::Sums, cfg),
+        UNIT_POS.is_multiple_of(32u32),
+    );
 }

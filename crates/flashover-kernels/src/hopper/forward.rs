@@ -409,13 +409,13 @@ fn finish<NO: Size>(
     };
     let (column, rows, width) = (place.column, n.seq_q, n.value_dim);
     let row0 = Place { row: place.i, column, first: first0, rows, width };
-    store_row::<NO>(out, factors, row0, o, 0usize, false, cfg.element, cfg.value_dim, written.whole);
+    store_row::<NO>(out, factors, row0, o, 0usize, false, cfg.element, cfg.value_dim, written.whole, false);
     let row1 = Place { row: query_at(place, 1usize), column, first: first1, rows, width };
-    store_row::<NO>(out, factors, row1, o, 1usize, false, cfg.element, cfg.value_dim, written.whole);
+    store_row::<NO>(out, factors, row1, o, 1usize, false, cfg.element, cfg.value_dim, written.whole, false);
     if written.with_rest {
         let to = rest.as_mut().unwrap();
-        store_row::<NO>(out, factors, row0, to, 0usize, true, cfg.element, cfg.value_dim, written.whole);
-        store_row::<NO>(out, factors, row1, to, 1usize, true, cfg.element, cfg.value_dim, written.whole);
+        store_row::<NO>(out, factors, row0, to, 0usize, true, cfg.element, cfg.value_dim, written.whole, false);
+        store_row::<NO>(out, factors, row1, to, 1usize, true, cfg.element, cfg.value_dim, written.whole, false);
     }
     if written.with_lse {
         if place.column == 0 {

@@ -46,8 +46,7 @@ pub fn forward(
     }
     launcher.note("forward_hopper", &cfg, bindings, cfg.shared_bytes(), cfg.units());
     let works = cubes_of(problem, Side::Queries, cfg.shape()) / cfg.packed;
-    let multiprocessors = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
-    let cubes = works.min(multiprocessors);
+    let cubes = launcher.persistent_cubes(works);
     let [ns, no, np] = cfg.lanes();
     let scale = if cfg.plain { problem.scale as f32 } else { 1.0 };
     // SAFETY: the copy engine keeps to the shapes, which `check_operands` held against the problem; rows and keys are tested.

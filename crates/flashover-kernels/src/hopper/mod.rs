@@ -6,13 +6,16 @@
 #![allow(clippy::collapsible_if)]
 
 mod backward;
+mod backward_adds;
 mod backward_config;
 mod backward_copies;
+mod backward_gates;
 mod backward_launch;
 mod backward_messages;
 mod backward_rows;
 mod backward_scores;
 mod backward_wide;
+mod backward_works;
 mod bulk;
 mod checks;
 mod config;

@@ -268,12 +268,16 @@ pub(crate) fn read_named<N: Size>(#[comptime] text: &str) -> Accumulator<N> {
     out
 }
 
-/// A block that declares an accumulator of `n` columns as registers `name0`, `name1`, … of the kernel, and zeroes them. Products
+/// A block that declares an accumulator of `n` columns as registers `name0`, `name1`, … of the kernel. Products
 /// add to them in place: what goes into a block by value and comes out again may get other registers, and at more than
 /// two accumulators it does.
 pub(crate) fn named_text(name: &str, n: usize) -> String {
-    let zeros: String = (0..n / 2).map(|e| format!("mov.f32 {name}{e}, 0f00000000;\n")).collect();
-    format!(".reg .f32 {name}<{}>;\n{zeros}", n / 2)
+    format!(".reg .f32 {name}<{}>;\n", n / 2)
+}
+
+/// A block that zeroes named registers.
+pub(crate) fn named_zero_text(name: &str, n: usize) -> String {
+    (0..n / 2).map(|e| format!("mov.f32 {name}{e}, 0f00000000;\n")).collect()
 }
 
 /// The block of [`issue_named`], as [`value_text`].

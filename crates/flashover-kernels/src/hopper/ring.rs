@@ -48,7 +48,7 @@ pub(crate) fn barriers(#[comptime] count: usize, #[comptime] arrivals: u32) -> S
 }
 
 /// Bytes of a barrier.
-const BARRIER: usize = 8;
+pub(crate) const BARRIER: usize = 8;
 
 /// Barriers in a row: those that tell that something has arrived wait for one arrival, as many behind them, which tell that its place
 /// is free, for `arrivals`. The caller synchronizes before they are used.

@@ -37,7 +37,7 @@ pub(crate) fn same_factor(factor: f32) -> Factors {
 
 /// Writes `acc · factor`, rounded, or what that rounding loses, if `rest`. `whole` says that rows have `dim` elements, not less.
 /// Neighbouring threads exchange what they hold of two groups of 8 columns, so that each writes four elements of one and
-/// the four threads of a row 32 bytes.
+/// the four threads of a row 32 bytes. What `streams` leaves the second-level cache first.
 #[cube]
 pub(crate) fn store_rows<N: Size>(
     acc: Accumulator<N>,
@@ -48,12 +48,13 @@ pub(crate) fn store_rows<N: Size>(
     #[comptime] element: Element,
     #[comptime] dim: usize,
     #[comptime] whole: bool,
+    #[comptime] streams: bool,
 ) {
     #[unroll]
     for r in 0..2usize {
         let Place { row, column, first, rows, width } = place;
         let own = Place { row: row + comptime!(8 * r as u32), column, first, rows, width };
-        store_row::<N>(acc, factors, own, to, r, rest, element, dim, whole);
+        store_row::<N>(acc, factors, own, to, r, rest, element, dim, whole, streams);
     }
 }
 
@@ -69,6 +70,7 @@ pub(crate) fn store_row<N: Size>(
     #[comptime] element: Element,
     #[comptime] dim: usize,
     #[comptime] whole: bool,
+    #[comptime] streams: bool,
 ) {
     let row = (place.width / 4) as usize;
     let odd = place.column / 2 % 2 == 1;
@@ -92,7 +94,7 @@ pub(crate) fn store_row<N: Size>(
         #[unroll]
         for two in 0..comptime!(dim / 16) {
             if comptime!(whole) || (comptime!(2 * two as u32) + group) * 8 < place.width {
-                store_four(line, fours[two], comptime!(32 * two));
+                store_four(line, fours[two], comptime!(32 * two), streams);
             }
         }
     }
@@ -100,10 +102,16 @@ pub(crate) fn store_row<N: Size>(
 
 /// Writes four elements `offset` bytes behind a place, which the instruction adds.
 #[cube]
-fn store_four(line: *const Vector<u32, Const<2>>, four: Vector<u32, Const<2>>, #[comptime] offset: usize) {
+fn store_four(
+    line: *const Vector<u32, Const<2>>,
+    four: Vector<u32, Const<2>>,
+    #[comptime] offset: usize,
+    #[comptime] streams: bool,
+) {
     let four = value_of::<Vector<u32, Const<2>>>(four);
+    let how = comptime!(if streams { ".cs" } else { "" });
     gpu_asm!(
-        "st.global.v2.b32 [{line}+{offset}], {four};",
+        "st.global{how}.v2.b32 [{line}+{offset}], {four};",
         line = mem_in(_) line, four = in(_) four, options(explicit_mem),
     );
 }

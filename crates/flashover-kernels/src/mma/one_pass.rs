@@ -45,7 +45,7 @@ use super::tile::{DEPTH, PIECE, column_place, head_rows, load_rows, pitch, row_p
 use crate::family::element::{Numbers, head_of};
 use crate::family::listed::Lists;
 use crate::family::ptx::{global_address, load_shared_16, store_shared_16, ticket, value_of};
-use crate::family::turns::{key_tile, next_query_tile, place_of, query_tiles, turn_of};
+use crate::family::turns::{dealt, key_tile, next_query_tile, place_of, query_tiles, turn_of};
 
 /// One cube a key tile and key head. `turns` holds the ticket counter and, for each query head and query tile, how many cubes have
 /// added to `sums`, which lie as the lanes hold them (see [`finish_kernel`](super::one_pass_rows::finish_kernel)); behind
@@ -77,7 +77,8 @@ pub(crate) fn one_pass_kernel<E: Float>(
         taken[0] = ticket(counters);
     }
     sync_cube();
-    let owned = key_tile::<E>(taken[0], section, scratch, bias, n, with_bias, tile.shape(), of.listed, false);
+    let dealt = dealt(taken[0], section, n, tile.shape(), of.listed, false);
+    let owned = key_tile::<E>(dealt, scratch, bias, n, with_bias, tile.shape(), of.listed);
     if !owned.exists {
         terminate!();
     }

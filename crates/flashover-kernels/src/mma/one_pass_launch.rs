@@ -176,14 +176,14 @@ pub fn backward_one_pass(
     let scratch = scratch::build(&launcher, problem, operands, plan, &layout);
     fill_row_statistics(&launcher, problem, outputs, &scratch, &layout);
     let query_tiles = problem.batch * problem.heads_q * problem.seq_q.div_ceil(of.tile.cols);
-    let turns = TurnBuffer::new(client, problem, query_tiles, of.tile.shape());
+    let turns = TurnBuffer::new(client, problem, query_tiles, of.tile.shape(), true);
     let c = Compiled::of(problem, of.tile, [q, k, v], Some(&outputs.do_));
     let call = Call { launcher, problem, operands, outputs, layout, scratch, turns, query_tiles, of, c };
     call.delta(&rest);
     // Its memory may serve what follows.
     drop(rest);
     let Call { launcher, turns, scratch, layout, .. } = &call;
-    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape(), true);
+    turns.list_steps(launcher, problem, scratch, layout, q.elem, of.tile.shape());
     let sums =
         DeviceTensor::empty(client, &[query_tiles * of.sums_bytes() / size_of::<f32>()], f32::elem_type_native());
     let new = |operand: &DeviceTensor| DeviceTensor::empty(client, &operand.shape, operand.elem);
