@@ -31,7 +31,7 @@ use super::backward_copies::copy_works;
 use super::backward_gates::{Gate, gate_at, gate_of, gates};
 use super::backward_messages::{Told, step_lines, told_step, told_work};
 use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, weights_of};
-use super::backward_wide::consume;
+use super::backward_wide::consume_large;
 use super::backward_works::{end_queries, kind};
 use super::bulk::{fence_shared, store_transposed};
 use super::config::{PIECE, ROWS, WARPGROUP};
@@ -116,62 +116,84 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
         if UNIT_POS == 32 || UNIT_POS == 64 {
             add_works::<E>(&sdq, gates, told, counters, sums_at, bias, scratch, n, UNIT_POS / 64, with_bias, cfg);
         }
-    } else if comptime!(cfg.wide()) {
-        registers_increase(registers);
-        consume::<E, NS, NK, NV, NQ, NP>(
-            &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, gates, told, counters, sums_at, bias, scratch, dq, dk, dv, n,
-            factor, with_bias, function, cfg,
-        );
     } else {
         registers_increase(registers);
-        run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
-        run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
-        let leader = UNIT_POS.is_multiple_of(32u32);
-        let mut at = Consumed::new();
-        let mut more = true.runtime();
-        while more {
-            let work = next_work(gates, told, &mut at, cfg);
-            more = work.kind != comptime!(kind::NOTHING);
-            if work.kind == comptime!(kind::KEYS) {
-                let tile = told_tile::<E>(work, bias, scratch, n, with_bias, cfg);
-                let steps = steps_of(work, tile, cfg);
-                run_block(comptime!(named_zero_text("dk", cfg.head_dim)).as_str());
-                run_block(comptime!(named_zero_text("dv", cfg.value_dim)).as_str());
-                let places = places_of::<E>(&sk, &sv, &sq, &sdo, &sds, tile.j0, cfg);
-                barrier_wait(gate_of(gates, Gate::Keys, cfg), at.kv_parity);
-                if steps > 0 {
-                    differentiate_tiles::<E, NS, NQ, NP>(
-                        places, gates, &rows, &mut sdq, &mut at, tile, steps, told, bias, scratch, n, factor,
-                        with_bias, function, cfg,
-                    );
-                } else {
-                    pass_values(gates, &at, leader, cfg);
-                }
-                at.kv_parity ^= 1u32;
-                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
-                let text = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
-                let acc_k = read_named::<NK>(comptime!(text.0.clone()).as_str());
-                let acc_v = read_named::<NV>(comptime!(text.1.clone()).as_str());
-                let (row, column) = (places.keys.j, places.keys.column);
-                let first = work.number as usize * n.seq_kv as usize;
-                let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
-                store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false, true);
-                let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
-                store_rows::<NV>(
-                    acc_v,
-                    same_factor(n.factor),
-                    place,
-                    dv,
-                    false,
-                    cfg.element,
-                    cfg.value_dim,
-                    false,
-                    true,
+        if comptime!(cfg.wide()) {
+            consume_large::<E, NS, NK, NV, NQ, NP>(
+                &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, gates, told, counters, sums_at, bias, scratch, dq, dk, dv,
+                n, factor, with_bias, function, cfg,
+            );
+        } else {
+            consume::<E, NS, NK, NV, NQ, NP>(
+                &sk, &sv, &sq, &sdo, &sds, &rows, &mut sdq, gates, told, counters, sums_at, bias, scratch, dq, dk, dv,
+                n, factor, with_bias, function, cfg,
+            );
+        }
+    }
+}
+
+/// The works of the consumers: of key tiles both gradients, each warpgroup those of its own keys.
+#[cube]
+fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
+    sk: &Shared<[E]>,
+    sv: &Shared<[E]>,
+    sq: &Shared<[E]>,
+    sdo: &Shared<[E]>,
+    sds: &Shared<[E]>,
+    rows: &Statistics,
+    sdq: &mut Shared<[Vector<f32, Const<4>>]>,
+    gates: u32,
+    told: u32,
+    counters: u64,
+    sums: u64,
+    bias: ComptimeOption<&Tensor<E>>,
+    scratch: &[u32],
+    dq: &mut [Vector<u32, Const<4>>],
+    dk: &mut [Vector<u32, Const<2>>],
+    dv: &mut [Vector<u32, Const<2>>],
+    n: Numbers,
+    factor: f32,
+    #[comptime] with_bias: bool,
+    #[comptime] function: Option<ScoreCode>,
+    #[comptime] cfg: HopperBackwardConfig,
+) {
+    run_block(comptime!(named_text("dk", cfg.head_dim)).as_str());
+    run_block(comptime!(named_text("dv", cfg.value_dim)).as_str());
+    let leader = UNIT_POS.is_multiple_of(32u32);
+    let mut at = Consumed::new();
+    let mut more = true.runtime();
+    while more {
+        let work = next_work(gates, told, &mut at, cfg);
+        more = work.kind != comptime!(kind::NOTHING);
+        if work.kind == comptime!(kind::KEYS) {
+            let tile = told_tile::<E>(work, bias, scratch, n, with_bias, cfg);
+            let steps = steps_of(work, tile, cfg);
+            run_block(comptime!(named_zero_text("dk", cfg.head_dim)).as_str());
+            run_block(comptime!(named_zero_text("dv", cfg.value_dim)).as_str());
+            let places = places_of::<E>(sk, sv, sq, sdo, sds, tile.j0, cfg);
+            barrier_wait(gate_of(gates, Gate::Keys, cfg), at.kv_parity);
+            if steps > 0 {
+                differentiate_tiles::<E, NS, NQ, NP>(
+                    places, gates, rows, sdq, &mut at, tile, steps, told, bias, scratch, n, factor, with_bias,
+                    function, cfg,
                 );
-            } else if more {
-                barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
-                end_queries(work.number, counters, sums_at, dq, n, cfg);
+            } else {
+                pass_values(gates, &at, leader, cfg);
             }
+            at.kv_parity ^= 1u32;
+            barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+            let text = comptime!((named_read_text("dk", cfg.head_dim), named_read_text("dv", cfg.value_dim)));
+            let acc_k = read_named::<NK>(comptime!(text.0.clone()).as_str());
+            let acc_v = read_named::<NV>(comptime!(text.1.clone()).as_str());
+            let (row, column) = (places.keys.j, places.keys.column);
+            let first = work.number as usize * n.seq_kv as usize;
+            let place = Place { row, column, first, rows: n.seq_kv, width: n.head_dim };
+            store_rows::<NK>(acc_k, same_factor(n.scale), place, dk, false, cfg.element, cfg.head_dim, false, true);
+            let place = Place { row, column, first, rows: n.seq_kv, width: n.value_dim };
+            store_rows::<NV>(acc_v, same_factor(n.factor), place, dv, false, cfg.element, cfg.value_dim, false, true);
+        } else if more {
+            barrier_arrive(gate_of(gates, Gate::FreeKeys, cfg), leader);
+            end_queries(work.number, counters, sums, dq, n, cfg);
         }
     }
 }

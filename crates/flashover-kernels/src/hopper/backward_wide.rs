@@ -47,7 +47,7 @@ const THREADS: u32 = 2 * WARPGROUP as u32;
 
 /// The works of one of the warpgroups: of key tiles either gradient.
 #[cube]
-pub(crate) fn consume<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
+pub(crate) fn consume_large<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, NP: Size>(
     sk: &Shared<[E]>,
     sv: &Shared<[E]>,
     sq: &Shared<[E]>,
