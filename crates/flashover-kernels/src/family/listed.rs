@@ -17,7 +17,7 @@ use super::tile_shape::TileShape;
 use super::walk::{
     Step, Walk, list_keys, list_queries, no_walk, place_of, plane_of, reach_keys, reach_queries, tile_is_full,
 };
-use crate::block_plan::flat::{block_word, header};
+use crate::block_plan::flat::{block_count, block_word, header};
 
 /// What stands behind the last entry of a list.
 const NOTHING: u32 = u32::MAX;
@@ -143,8 +143,7 @@ fn blocks_of(j: u32, at: Head, scratch: &[u32], n: Numbers, #[comptime] tile: Ti
     let mut blocks = 0u32;
     for plane in first..first + group {
         let here = starts + 2 * (plane * columns + column) as usize;
-        let (full, partial, end) = (scratch[here], scratch[here + 1], scratch[here + 2]);
-        blocks += partial - full + (end - partial) / 2u32;
+        blocks += block_count(scratch[here], scratch[here + 1], scratch[here + 2]);
     }
     blocks
 }

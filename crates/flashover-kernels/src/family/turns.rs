@@ -38,7 +38,6 @@ pub(crate) struct KeyTile {
     pub walk: Walk,
     /// In which order the key tiles of the head start.
     pub ascending: bool,
-    pub exists: bool,
 }
 
 /// A key tile as it is dealt out: which of all key heads, the how many-th of that head, and which one that is.
@@ -75,10 +74,12 @@ pub(crate) fn dealt(
     Dealt { head, rank, tile: tile_of_rank(rank, ascending, tiles, n, shape), ascending, exists }
 }
 
-/// The key tile that was dealt out.
+/// Key tile `tile` of a head of all key heads, which start in ascending order or not.
 #[cube]
 pub(crate) fn key_tile<E: Float>(
-    dealt: Dealt,
+    head: u32,
+    tile: u32,
+    ascending: bool,
     scratch: &[u32],
     bias: ComptimeOption<&Tensor<E>>,
     n: Numbers,
@@ -86,7 +87,6 @@ pub(crate) fn key_tile<E: Float>(
     #[comptime] shape: TileShape,
     #[comptime] listed: bool,
 ) -> KeyTile {
-    let Dealt { head, tile, ascending, exists, .. } = dealt;
     let (batch, key_head) = (head / n.heads_kv, head % n.heads_kv);
     let group = n.heads_q / n.heads_kv;
     let first_head = key_head * group;
@@ -96,7 +96,7 @@ pub(crate) fn key_tile<E: Float>(
     if comptime!(!listed) {
         reach_queries(&mut walk, j0, at, n, shape);
     }
-    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, ascending, exists }
+    KeyTile { batch, key_head, first_head, group, tile, j0, at, walk, ascending }
 }
 
 /// How many steps a key tile takes under a plan, in all heads of the group. `lines` is where the buffer of the lists starts.
@@ -239,7 +239,7 @@ mod tests {
             let j0 = tile * SHAPE.rows as u32;
             let mut walk = no_walk();
             reach_queries(&mut walk, j0, at, n, SHAPE);
-            KeyTile { batch: 0, key_head: 0, first_head: 0, group: 1, tile, j0, at, walk, ascending, exists: true }
+            KeyTile { batch: 0, key_head: 0, first_head: 0, group: 1, tile, j0, at, walk, ascending }
         };
         (0..tiles).map(owned).collect()
     }

@@ -28,7 +28,7 @@ use cubecl::prelude::*;
 use super::backward_adds::add_works;
 use super::backward_config::HopperBackwardConfig;
 use super::backward_copies::copy_works;
-use super::backward_gates::{Gate, gate_at, gate_of, gates};
+use super::backward_gates::{Gate, gate_at, gate_of};
 use super::backward_messages::{Told, step_lines, told_step, told_work};
 use super::backward_scores::{KeyRows, Statistics, differentiate, drop_elements, weights_of};
 use super::backward_wide::consume_large;
@@ -40,13 +40,13 @@ use super::ptx::{
     named_read_text, named_text, named_value_text, named_wait, named_zero_text, read_named, registers_decrease,
     registers_increase, run_block, score_text, shared_address, transposed_text, uniform, wait_products, wait_text,
 };
-use super::ring::{Ring, advance, ring_start};
+use super::ring::{Ring, advance, barrier_row, ring_start};
 use super::rows::{pack_text, pack_weights};
 use super::store::{Place, same_factor, store_rows};
 use crate::family::element::Numbers;
 use crate::family::listed::Lists;
 use crate::family::ptx::{global_address, value_of};
-use crate::family::turns::{Dealt, KeyTile, key_tile, query_tile_at};
+use crate::family::turns::{KeyTile, key_tile, query_tile_at};
 use crate::family::walk::{Step, query_band_step};
 use crate::score::ScoreCode;
 
@@ -95,7 +95,7 @@ pub(crate) fn backward_kernel<E: Float, NS: Size, NK: Size, NV: Size, NQ: Size, 
     let rows: Shared<[Vector<f32, Const<2>>]> =
         Shared::new_aligned_slice(comptime!(cfg.stages() * cfg.statistics() * cfg.bq / 2), 1024usize);
     let told_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(cfg.words()), 16usize);
-    let all = gates(cfg);
+    let all = barrier_row(comptime!(cfg.arrivals()));
     let gates = barrier_address(&all[0]);
     fence_barriers();
     sync_cube();
@@ -226,8 +226,7 @@ pub(crate) fn told_tile<E: Float>(
     #[comptime] cfg: HopperBackwardConfig,
 ) -> KeyTile {
     let Told { number, tile, ascending, .. } = told;
-    let dealt = Dealt { head: number, rank: 0u32.runtime(), tile, ascending, exists: true.runtime() };
-    key_tile::<E>(dealt, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed)
+    key_tile::<E>(number, tile, ascending, scratch, bias, n, with_bias, comptime!(cfg.shape()), cfg.listed)
 }
 
 /// How many steps a key tile takes, which under a plan all are told.

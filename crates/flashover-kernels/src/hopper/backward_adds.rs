@@ -6,7 +6,7 @@ use super::backward::{steps_of, told_tile};
 use super::backward_config::HopperBackwardConfig;
 use super::backward_gates::{Gate, gate_at, gate_of};
 use super::backward_messages::{Due, step_lines, told_due, told_work};
-use super::backward_works::{done_at, kind};
+use super::backward_works::{counter_at, done_at, kind};
 use super::bulk::{WRITTEN, bulk_add, bulk_store, bulk_wait, bulk_wait_read, come_by, turn_pass, turn_wait};
 use super::config::PIECE;
 use super::ptx::{barrier_arrive, barrier_wait, shared_address};
@@ -149,12 +149,6 @@ fn add_pieces(
         step += 1;
     }
     adder.before += steps;
-}
-
-/// The counter of who has come by at a query tile, of one of the units that add to it.
-#[cube]
-fn counter_at(counters: u64, place: u32, adder: u32, #[comptime] cfg: HopperBackwardConfig) -> u64 {
-    counters + (place as u64 * comptime!(cfg.counters() as u64) + adder as u64 + 1u64) * 4u64
 }
 
 /// Waits until the cube may add to a query tile, and tells whether it is the first, who writes.

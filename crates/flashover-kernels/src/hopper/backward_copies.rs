@@ -15,7 +15,7 @@ use super::ring::{Ring, advance, copy_pieces, ring_start};
 use crate::family::element::{Numbers, head_of};
 use crate::family::listed::{Lists, listing, next_listed, ranked_tile};
 use crate::family::ptx::{global_address, ticket, value_of};
-use crate::family::turns::{KeyTile, all_steps_listed, dealt, key_tile, listed_head, place_of, query_tile_at};
+use crate::family::turns::{Dealt, KeyTile, all_steps_listed, dealt, key_tile, listed_head, place_of, query_tile_at};
 use crate::family::walk::{Step, no_step};
 
 /// What the unit that copies knows from the start.
@@ -199,7 +199,8 @@ fn find_work<E: Float>(
         next.tile = dealt.tile;
         next.ascending = dealt.ascending;
         if comptime!(cfg.listed) {
-            let tile = key_tile::<E>(dealt, scratch, bias, n, with_bias, shape, true);
+            let Dealt { head, tile, ascending, .. } = dealt;
+            let tile = key_tile::<E>(head, tile, ascending, scratch, bias, n, with_bias, shape, true);
             next.steps = all_steps_listed::<E>(tile, counters, lists, scratch, n, shape);
         }
     }

@@ -1,6 +1,5 @@
 //! The mbarriers of a cube of the backward, in a row, so that one address is all that is kept of them.
 
-use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
 use super::backward_config::{DQ_SLOTS, HopperBackwardConfig};
@@ -58,7 +57,7 @@ impl HopperBackwardConfig {
     }
 
     /// Arrivals that end a phase, of every barrier.
-    fn arrivals(&self) -> Vec<u32> {
+    pub(crate) fn arrivals(&self) -> Vec<u32> {
         let of_gate = |gate| {
             let (barriers, arrivals) = self.gate(gate);
             core::iter::repeat_n(arrivals as u32, barriers)
@@ -70,20 +69,6 @@ impl HopperBackwardConfig {
     pub(crate) const fn barriers(&self, do_stages: usize) -> usize {
         5 + 2 * (DQ_SLOTS + self.stages() + do_stages)
     }
-}
-
-/// The barriers, initialized. The caller synchronizes before they are used.
-#[cube]
-pub(crate) fn gates(#[comptime] cfg: HopperBackwardConfig) -> Shared<[Barrier]> {
-    let count = comptime!(cfg.barriers(cfg.do_stages()));
-    let all: Shared<[Barrier]> = Shared::new_aligned_slice(count, BARRIER);
-    if UNIT_POS == 0 {
-        #[unroll]
-        for x in 0..count {
-            all[x].init_manual(comptime!(cfg.arrivals()[x]));
-        }
-    }
-    all
 }
 
 /// Address of the barrier of a stage, from that of the first of all.

@@ -129,7 +129,7 @@ pub fn backward(
             numbers(problem, &layout),
             problem.scale as f32 * core::f32::consts::LOG2_E,
             section as u32,
-            lag(section * key_tiles, cubes, cfg) as u32,
+            lag(section * key_tiles, cubes, cfg),
             turns.lists(),
             bias.is_some(),
             problem.score.map(|score| score.code),

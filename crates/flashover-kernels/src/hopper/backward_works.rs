@@ -51,8 +51,8 @@ fn ends_of_head(n: Numbers, #[comptime] shape: TileShape) -> (u32, u32) {
 /// Sections that lie between the key tiles of a section, of `tiles` tiles, and the ends of its dq: under a plan without turns so many that all
 /// `cubes` have taken another key tile since. Elsewhere all ends come last: cubes that take turns follow each other closely, and who ends dq
 /// between them keeps those behind it waiting; and without a plan there is so much else to do that ends do not matter.
-pub(crate) fn lag(tiles: usize, cubes: usize, cfg: HopperBackwardConfig) -> usize {
-    if cfg.listed && cfg.unordered { cubes.div_ceil(tiles) } else { u32::MAX as usize }
+pub(crate) fn lag(tiles: usize, cubes: usize, cfg: HopperBackwardConfig) -> u32 {
+    if cfg.listed && cfg.unordered { cubes.div_ceil(tiles) as u32 } else { u32::MAX }
 }
 
 /// The work of a ticket, where `section` heads are worked on side by side, and the ends of a section come `lag` sections after it.
@@ -93,7 +93,13 @@ pub(crate) fn work_of(ticket: u32, section: u32, lag: u32, n: Numbers, #[comptim
 #[cube]
 pub(crate) fn done_at(counters: u64, head: u32, n: Numbers, #[comptime] cfg: HopperBackwardConfig) -> u64 {
     let places = n.batch * n.heads_q * n.seq_q.div_ceil(comptime!(cfg.bq as u32));
-    counters + (places as u64 * comptime!(cfg.counters() as u64) + head as u64 + 1u64) * 4u64
+    counter_at(counters, places, head, cfg)
+}
+
+/// The counter of who has come by at a query tile, of one of the units that add to it.
+#[cube]
+pub(crate) fn counter_at(counters: u64, place: u32, adder: u32, #[comptime] cfg: HopperBackwardConfig) -> u64 {
+    counters + (place as u64 * comptime!(cfg.counters() as u64) + adder as u64 + 1u64) * 4u64
 }
 
 /// Rows of dq from the f32 sums of some query tiles, by all threads of the consumers, once all key tiles of their head are done.
@@ -127,7 +133,7 @@ pub(crate) fn end_queries(
             // One that does not exist is read twice.
             let own = min(unit + comptime!(x as u32 * THREADS), units - 1);
             let place = first + own / each;
-            seen[x] = load_global_4(counters + (place as u64 * comptime!(cfg.counters() as u64) + 1u64) * 4u64);
+            seen[x] = load_global_4(counter_at(counters, place, 0u32, cfg));
             let (block, vector) = (own % each / 16, own / 4 % 4 * 32 + own % 4);
             let at = sums + ((place * (each / 16) + block) as u64 * 128u64 + vector as u64) * 16u64;
             #[unroll]
@@ -190,8 +196,8 @@ fn end_unit(
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::family::listed::tests::numbers;
     use super::*;
+    use crate::family::listed::tests::numbers;
     use crate::mask::{Band, Extent};
 
     const SHAPE: TileShape = TileShape { rows: 128, cols: 64 };

@@ -204,6 +204,12 @@ impl HopperConfig {
         self.query_buffers() + self.stages + self.value_stages()
     }
 
+    /// Arrivals that end a phase, of every barrier: one tells that something has arrived, every warp of the consumers that its place is free.
+    pub(crate) fn arrivals(&self) -> Vec<u32> {
+        let each = |arrivals| core::iter::repeat_n(arrivals, self.barriers());
+        each(1).chain(each(4 * self.consumers as u32)).collect()
+    }
+
     /// Which barrier is the first of a kind.
     pub(crate) const fn first_barrier(&self, gate: Gate) -> usize {
         match gate {

@@ -67,8 +67,7 @@ pub(crate) fn forward_kernel<E: Float, NS: Size, NO: Size, NP: Size>(
     let mut sk: Shared<[E]> = Shared::new_aligned_slice(k_len * stages, 1024usize);
     let mut sv: Shared<[E]> = Shared::new_aligned_slice(v_len * value_stages, 1024usize);
     let line_words: Shared<[u32]> = Shared::new_aligned_slice(comptime!(LINE * (buffers + stages)), 16usize);
-    let warps = comptime!(4 * cfg.consumers as u32);
-    let barriers = barrier_row(comptime!(cfg.barriers()), warps);
+    let barriers = barrier_row(comptime!(cfg.arrivals()));
     fence_barriers();
     if comptime!(cfg.boxed_rows() < cfg.rows()) {
         clear_rows(shared_address::<E>(unsafe { sq.as_slice().as_ptr_unchecked() }), cfg);

@@ -4,7 +4,6 @@ use cubecl::prelude::barrier::Barrier;
 use cubecl::prelude::*;
 
 use super::config::PIECE;
-use super::ptx::barrier_address;
 use crate::family::ptx::value_of;
 
 /// Where a producer or a consumer stands in a ring.
@@ -32,33 +31,18 @@ pub(crate) fn advance(ring: &mut Ring, #[comptime] stages: u32) {
     }
 }
 
-/// `count` barriers whose phases end after `arrivals` arrivals. The caller synchronizes before they are used.
-#[cube]
-pub(crate) fn barriers(#[comptime] count: usize, #[comptime] arrivals: u32) -> Sequence<Shared<Barrier>> {
-    let mut all = Sequence::<Shared<Barrier>>::new();
-    #[unroll]
-    for _ in 0..count {
-        let barrier = Barrier::shared_uninit();
-        if UNIT_POS == 0 {
-            barrier.init_manual(arrivals);
-        }
-        all.push(barrier);
-    }
-    all
-}
-
 /// Bytes of a barrier.
 pub(crate) const BARRIER: usize = 8;
 
-/// Barriers in a row: those that tell that something has arrived wait for one arrival, as many behind them, which tell that its place
-/// is free, for `arrivals`. The caller synchronizes before they are used.
+/// Barriers in a row, whose phases end after so many arrivals. The caller synchronizes before they are used.
 #[cube]
-pub(crate) fn barrier_row(#[comptime] count: usize, #[comptime] arrivals: u32) -> Shared<[Barrier]> {
-    let all: Shared<[Barrier]> = Shared::new_aligned_slice(comptime!(2 * count), BARRIER);
+pub(crate) fn barrier_row(#[comptime] arrivals: Vec<u32>) -> Shared<[Barrier]> {
+    let count = comptime!(arrivals.len());
+    let all: Shared<[Barrier]> = Shared::new_aligned_slice(count, BARRIER);
     if UNIT_POS == 0 {
         #[unroll]
-        for x in 0..comptime!(2 * count) {
-            all[x].init_manual(comptime!(if x < count { 1 } else { arrivals }));
+        for x in 0..count {
+            all[x].init_manual(comptime!(arrivals[x]));
         }
     }
     all
@@ -76,28 +60,6 @@ pub(crate) fn barrier_at(first: u32, stage: u32, #[comptime] number: usize) -> u
         out = out(_) out, stage = in(_) stage, first = in(_) first, options(pure, nomem),
     );
     out
-}
-
-/// Addresses of barriers, taken once.
-#[cube]
-pub(crate) fn addresses(barriers: &Sequence<Shared<Barrier>>, #[comptime] count: usize) -> Sequence<u32> {
-    let mut all = Sequence::<u32>::new();
-    #[unroll]
-    for s in 0..count {
-        all.push(barrier_address(&barriers[s]));
-    }
-    all
-}
-
-/// Address of the barrier of a stage.
-#[cube]
-pub(crate) fn address_at(addresses: &Sequence<u32>, stage: u32, #[comptime] stages: usize) -> u32 {
-    let mut address = addresses[0];
-    #[unroll]
-    for s in 1..stages {
-        address = select(stage == comptime!(s as u32), addresses[s], address);
-    }
-    address
 }
 
 /// Starts copying rows from `row` on into part `slot` of shared memory, in pieces of 64 elements that are `rows` rows apart; zeros

@@ -78,8 +78,9 @@ pub(crate) fn one_pass_kernel<E: Float>(
     }
     sync_cube();
     let dealt = dealt(taken[0], section, n, tile.shape(), of.listed, false);
-    let owned = key_tile::<E>(dealt, scratch, bias, n, with_bias, tile.shape(), of.listed);
-    if !owned.exists {
+    let (head, index, ascending) = (dealt.head, dealt.tile, dealt.ascending);
+    let owned = key_tile::<E>(head, index, ascending, scratch, bias, n, with_bias, tile.shape(), of.listed);
+    if !dealt.exists {
         terminate!();
     }
     // How a warp multiplies scores: 32 keys by half the queries.
